@@ -6,7 +6,7 @@
 __all__ = ['Loss', 'LOSSES', 'pair_mask', 'margin_loss', 'logistic_loss', 'pointwise_loss', 'listmle_loss', 'RankerError',
            'load_encoder', 'tiny_tokenizer', 'tiny_encoder', 'RankerMeta', 'Ranker', 'load_ranker']
 
-# %% ../nbs/03_ranker.ipynb #0ce07bfd
+# %% ../nbs/03_ranker.ipynb #96c04808
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ValidationError
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, PreTrainedTokenizerFast
 
 from .pairs import order_matrix
@@ -84,15 +84,14 @@ def load_encoder(
 def _first_line(e: BaseException) -> str:
     return (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
 
-# %% ../nbs/03_ranker.ipynb #4ac26632
+# %% ../nbs/03_ranker.ipynb #51e41635
 def tiny_tokenizer(texts: Iterable[str], vocab: int = 2000) -> PreTrainedTokenizerFast:
-    "A lower-case WordPiece tokenizer learned from `texts`, with single digits."
-    t = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    "A lower-case BPE tokenizer learned from `texts`, with single digits. (WordPiece's trainer breaks ties by chance.)"
+    t = Tokenizer(models.BPE(unk_token="[UNK]"))
     t.normalizer = normalizers.BertNormalizer(lowercase=True)
     t.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.BertPreTokenizer(), pre_tokenizers.Digits(individual_digits=True)])
-    t.decoder = decoders.WordPiece()
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    t.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=vocab, special_tokens=special, show_progress=False))
+    t.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab, special_tokens=special, show_progress=False))
     t.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
     return PreTrainedTokenizerFast(tokenizer_object=t, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
 

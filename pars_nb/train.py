@@ -6,7 +6,7 @@
 __all__ = ['QUANTILES', 'TrainConfig', 'RankTrainer', 'as_dataset', 'collate', 'training_args', 'fit', 'new_ranker',
            'check_records', 'train']
 
-# %% ../nbs/04_train.ipynb #b762ed75
+# %% ../nbs/04_train.ipynb #be33823a
 import math
 import shutil
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from pydantic import BaseModel, Field
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from .data import DataError, Record, fingerprint, split
 from .metrics import ranking_report, tau_b
@@ -76,7 +76,7 @@ def collate(tokenizer: Any, rows: list[dict]) -> dict[str, torch.Tensor]:
     return dict(batch) | dict(labels=torch.tensor([r["labels"] for r in rows], dtype=torch.float32),
                               censored=torch.tensor([r["censored"] for r in rows]))
 
-# %% ../nbs/04_train.ipynb #1e1ab21e
+# %% ../nbs/04_train.ipynb #217a722b
 def training_args(cfg: TrainConfig, out: Path, steps: int, quiet: bool) -> TrainingArguments:
     "The Trainer's settings: AdamW with linear warm-up and decay; the epoch with the best validation τ_b is kept."
     return TrainingArguments(
@@ -91,16 +91,18 @@ def training_args(cfg: TrainConfig, out: Path, steps: int, quiet: bool) -> Train
 
 
 def fit(ranker: Ranker, train: Sequence[Record], val: Sequence[Record], cfg: TrainConfig, out: Path,
-        resume: bool = False, quiet: bool = False) -> RankTrainer:
+        resume: bool = False, quiet: bool = False, callbacks: Sequence[TrainerCallback] = ()) -> RankTrainer:
     "Train `ranker` in place; checkpoints go to `out`, and `resume` goes on from the last one there."
     def metrics(p: Any) -> dict[str, float]:
         t = tau_b(np.asarray(p.predictions).reshape(-1), p.label_ids)
         return dict(tau_b=0.0 if math.isnan(t) else t)
 
     steps = math.ceil(len(train) / cfg.batch_size / cfg.grad_accumulation) * math.ceil(cfg.epochs)
-    trainer = RankTrainer(ranker.model, training_args(cfg, out, steps, quiet), cfg=cfg, compute_metrics=metrics,
+    trainer = RankTrainer(ranker.model, training_args(cfg, out, steps, quiet), cfg=cfg, compute_metrics=metrics, callbacks=[*callbacks],
                           data_collator=lambda rows: collate(ranker.tokenizer, rows),
                           train_dataset=as_dataset(ranker, train), eval_dataset=as_dataset(ranker, val))
+    if quiet:
+        trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=resume or None)
     return trainer
 
