@@ -24,16 +24,16 @@ define install
 endef
 
 $(VENV)/demo.ok: settings.ini constraints.txt setup.py
-	$(call install,$(ENGINE))
+	$(call install,$(ENGINE)$(comma)fast)
 $(VENV)/test.ok: settings.ini constraints.txt setup.py
-	$(call install,$(ENGINE)$(comma)dev)
+	$(call install,$(ENGINE)$(comma)fast$(comma)server$(comma)dev)
 	touch $(VENV)/demo.ok
 $(VENV)/gpu.ok: settings.ini constraints.txt setup.py
-	$(call install,dev)
+	$(call install,fast$(comma)server$(comma)dev)
 $(VENV)/real.ok: settings.ini constraints.txt setup.py
-	$(call install,$(ENGINE)$(comma)real)
+	$(call install,$(ENGINE)$(comma)fast$(comma)server$(comma)real)
 $(VENV)/lab.ok: settings.ini constraints.txt setup.py
-	$(call install,$(ENGINE)$(comma)dev$(comma)lab)
+	$(call install,$(ENGINE)$(comma)fast$(comma)server$(comma)dev$(comma)lab)
 
 demo: $(VENV)/demo.ok  ## the whole loop on the embedded LLM: collect, train, serve; FCFS against PARS against the oracle
 	pars demo --out results/demo

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Loss', 'LOSSES', 'pair_mask', 'margin_loss', 'logistic_loss', 'pointwise_loss', 'listmle_loss', 'RankerError',
-           'load_encoder', 'tiny_tokenizer', 'tiny_encoder', 'RankerMeta', 'Ranker', 'load_ranker']
+           'load_encoder', 'tiny_tokenizer', 'tiny_encoder', 'RankerMeta', 'in_batches', 'Ranker', 'clean',
+           'load_ranker']
 
 # %% ../nbs/03_ranker.ipynb #96c04808
 import json
@@ -106,7 +107,7 @@ def tiny_encoder(texts: Iterable[str]) -> tuple[PreTrainedTokenizerFast, Any]:
                      max_position_embeddings=512, num_labels=1, pad_token_id=tok.pad_token_id)
     return tok, AutoModelForSequenceClassification.from_config(cfg)
 
-# %% ../nbs/03_ranker.ipynb #c348d40a
+# %% ../nbs/03_ranker.ipynb #e02da2b5
 class RankerMeta(BaseModel):
     "What `pars.json` holds: everything about a ranker but its weights."
     encoder: str = ""
@@ -118,11 +119,30 @@ class RankerMeta(BaseModel):
     delta: float = 0.2
     margin: float = 1.0
     max_length: int = 128  # tokens of the prompt that are read
+    end_tokens: int = 1  # how many of them are the prompt's last (1: the separator only, so the prompt's head is read)
     seed: int = 0
     score_quantiles: list[float] = []  # scores of held-out prompts at equally spaced quantiles, ascending
     length_quantiles: list[float] = []  # their lengths in tokens, likewise
     metrics: dict[str, float | None] = {}  # on test prompts: `metrics.ranking_report`
     pars_nb: str = ""  # version that wrote it
+
+
+def in_batches(
+    ids: Sequence[Sequence[int]],  # token ids, a sequence per prompt
+    run: Callable[[np.ndarray, np.ndarray], np.ndarray],  # (n, t) ids and mask, int64 → (n,) scores
+    pad: int,  # id of the padding token
+    batch_size: int = 64,
+) -> np.ndarray:  # (n,) float32, in the order of `ids`
+    "Run sequences of like length together, so that little is padded."
+    out, order = np.zeros(len(ids), dtype=np.float32), sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    for i in range(0, len(order), batch_size):
+        rows = order[i : i + batch_size]
+        batch = np.full((len(rows), len(ids[rows[-1]])), pad, dtype=np.int64)
+        mask = np.zeros_like(batch)
+        for j, row in enumerate(rows):
+            batch[j, : len(ids[row])], mask[j, : len(ids[row])] = ids[row], 1
+        out[rows] = run(batch, mask)
+    return out
 
 
 @dataclass
@@ -131,23 +151,30 @@ class Ranker:
     model: Any
     tokenizer: Any
     meta: RankerMeta
+    backend: str = "torch"  # what runs it
 
-    def encode(self, prompts: Sequence[str]) -> dict[str, list]:
-        "Token ids of the first `max_length` tokens. Text that can't reach the model is cut before it costs anything."
-        cut = [p[: 16 * self.meta.max_length] for p in prompts]
-        return self.tokenizer(cut, truncation=True, max_length=self.meta.max_length)
+    def encode(self, prompts: Sequence[str]) -> list[list[int]]:
+        "At most `max_length` token ids of each prompt. Text that can't reach the model is cut before it costs anything."
+        most, end = self.meta.max_length, self.meta.end_tokens
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        text = [clean(p) if len(p) <= 32 * most else clean(p[: 16 * most] + (p[-16 * most :] if end > 1 else "")) for p in prompts]
+        ids = [e.ids for e in backend.encode_batch(text)]
+        return [i if len(i) <= most else i[: most - end] + i[-end:] for i in ids]
 
     @torch.inference_mode()
+    def run(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        "(n, t) token ids and mask → (n,) scores."
+        ids_t, mask_t = (torch.from_numpy(o).to(self.model.device) for o in (ids, mask))
+        return self.model(input_ids=ids_t, attention_mask=mask_t).logits[:, 0].float().cpu().numpy()
+
     def score(self, prompts: Sequence[str], batch_size: int = 64) -> np.ndarray:  # (n,) float32; higher = longer
-        "Scores in the order of `prompts`. Prompts of one length are batched together, so little is padded."
-        out, ids = np.zeros(len(prompts), dtype=np.float32), self.encode(prompts)["input_ids"] if len(prompts) else []
-        order = np.argsort([len(o) for o in ids], kind="stable")
-        self.model.eval()
-        for i in range(0, len(order), batch_size):
-            rows = order[i : i + batch_size]
-            batch = self.tokenizer.pad({"input_ids": [ids[j] for j in rows]}, return_tensors="pt").to(self.model.device)
-            out[rows] = self.model(**batch).logits[:, 0].float().cpu().numpy()
-        return out
+        "Scores in the order of `prompts`. One that is not finite becomes the middle score, which keeps a request's first-come place."
+        if isinstance(self.model, torch.nn.Module): self.model.eval()
+        out = in_batches(self.encode(prompts), self.run, self.tokenizer.pad_token_id, batch_size)
+        q = self.meta.score_quantiles
+        return np.where(np.isfinite(out), out, np.float32(q[len(q) // 2] if q else 0))
 
     def save(self, folder: str | Path) -> Path:
         "Weights (safetensors), tokenizer and `pars.json` into `folder`."
@@ -156,7 +183,12 @@ class Ranker:
         (Path(folder) / "pars.json").write_text(self.meta.model_dump_json(indent=1) + "\n")
         return Path(folder)
 
-# %% ../nbs/03_ranker.ipynb #27ef8a8e
+# %% ../nbs/03_ranker.ipynb #fbbf5125
+def clean(text: str) -> str:
+    "Lone surrogates (broken emoji) can't be encoded; they become `?`."
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 def load_ranker(folder: str | Path) -> Ranker:
     "A ranker from the folder that `Ranker.save` wrote. Raises `RankerError` for a missing, foreign or damaged one."
     folder = Path(folder)

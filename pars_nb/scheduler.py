@@ -6,7 +6,7 @@
 __all__ = ['log', 'PARSConfig', 'read_config', 'PolicyRequestQueue', 'PARSScheduler', 'make_policy', 'client_score',
            'make_scorer']
 
-# %% ../nbs/08_scheduler.ipynb #933e0087
+# %% ../nbs/08_scheduler.ipynb #6f385302
 import logging
 import math
 from collections.abc import Iterable, Iterator
@@ -15,13 +15,13 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, ValidationError
 
 from .policy import FCFS, PARS, SJF, Policy, PolicyQueue, Scale
-from .score import ScoreThread, chat_marks, last_user_turn
+from .score import Cap, ScoreThread, chat_marks, last_user_turn
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
-# %% ../nbs/08_scheduler.ipynb #aeb9407f
+# %% ../nbs/08_scheduler.ipynb #d6a69031
 log = logging.getLogger("vllm.pars_nb")
 
 
@@ -30,6 +30,9 @@ class PARSConfig(BaseModel, extra="forbid"):
     ranker: str | None = None  # a folder that `pars train` wrote; None: no scores, hence FCFS
     policy: Literal["pars", "fcfs", "sjf"] = "pars"  # sjf: by score alone, without a bound on waiting
     max_overtake_s: float = Field(60.0, ge=0, allow_inf_nan=False)  # 0: FCFS; large: SJF
+    backend: str = "auto"  # what runs the ranker: torch, onnx, onnx-int8, openvino, openvino-int8; auto: the fastest that agrees
+    scorer_threads: int = Field(1, ge=1)  # cores the ranker may take from the engine (exported backends)
+    use_max_tokens: bool = False  # a request's `max_tokens` caps its score; keep it off in benchmarks that force lengths by it
     client_scores: bool = False  # let a request bring its score: `vllm_xargs: {"pars_score": 12.5}`
     max_unscored: int = Field(10_000, ge=1)  # more prompts than this waiting for a score get none
 
@@ -74,14 +77,14 @@ class PolicyRequestQueue(RequestQueue):
 
     def __iter__(self) -> Iterator[Request]: return iter(self.q)
 
-# %% ../nbs/08_scheduler.ipynb #2ee8f634
+# %% ../nbs/08_scheduler.ipynb #ed2dabb9
 class PARSScheduler(AsyncScheduler):
     "vLLM's `AsyncScheduler` that serves predicted-short requests first (arXiv 2510.03243), and FCFS where it knows nothing."
 
     def __init__(self, *args: Any, **kw: Any) -> None:
         super().__init__(*args, **kw)
         self.pars = read_config(self.vllm_config.additional_config)
-        self.scorer, scale = make_scorer(self.pars, self.vllm_config.model_config)
+        self.scorer, scale, self.cap = make_scorer(self.pars, self.vllm_config.model_config)
         self.waiting = PolicyRequestQueue(make_policy(self.pars, scale))
         self.fresh: list[Request] = []  # came since the last step, and have no score yet
 
@@ -96,7 +99,7 @@ class PARSScheduler(AsyncScheduler):
         if self.scorer is None:
             return super().schedule(*args, **kw)
         for request, score in self.scorer.drain():
-            self.waiting.q.set_score(request, score)
+            self.waiting.q.set_score(request, self.cap(score, request.max_tokens))
         out = super().schedule(*args, **kw)
         for request in self.fresh:
             if request in self.waiting.q:  # it has to wait, so its place matters
@@ -134,28 +137,30 @@ def client_score(request: Request) -> float | None:
         return None
     return score if math.isfinite(score) else None
 
-# %% ../nbs/08_scheduler.ipynb #87869894
-def make_scorer(cfg: PARSConfig, model_config: Any) -> tuple[ScoreThread | None, Scale]:
-    "The scorer thread and the scale of its scores; None where there is no usable ranker (said once in the log)."
+# %% ../nbs/08_scheduler.ipynb #3de0d191
+def make_scorer(cfg: PARSConfig, model_config: Any) -> tuple[ScoreThread | None, Scale, Cap]:
+    "The scorer thread, the scale of its scores and their cap; no thread where there is no usable ranker (said once in the log)."
+    nothing = None, Scale(), Cap()
     if cfg.policy == "fcfs":
-        return None, Scale()
+        return nothing
     if cfg.ranker is None:
         if not cfg.client_scores:
             log.warning("PARS: no ranker is set; serving FCFS. Train one with `pars train`, then give {\"pars\": {\"ranker\": \"DIR\"}}")
-        return None, Scale()
+        return nothing
     try:
-        from pars_nb.ranker import load_ranker
+        from pars_nb.backends import load_scorer
         from transformers import AutoTokenizer
 
-        ranker = load_ranker(cfg.ranker)
+        ranker = load_scorer(cfg.ranker, cfg.backend, cfg.scorer_threads)
         tok = AutoTokenizer.from_pretrained(model_config.tokenizer, revision=model_config.tokenizer_revision, trust_remote_code=False)
     except Exception as e:  # a scheduler that does not start serves nobody
         log.warning("PARS: no usable ranker, serving FCFS: %s", e)
-        return None, Scale()
-    marks, reach = chat_marks(tok), 16 * ranker.meta.max_length
-    log.info("PARS: ranker %s for %s, τ_b %s", cfg.ranker, ranker.meta.target_model, ranker.meta.metrics.get("tau_b"))
+        return nothing
+    meta, marks = ranker.meta, chat_marks(tok)
+    log.info("PARS: ranker %s for %s in %s, τ_b %s", cfg.ranker, meta.target_model, ranker.backend, meta.metrics.get("tau_b"))
 
     def text(ids: list[int]) -> str:
-        return last_user_turn(tok.decode(ids[-8 * reach :]), *marks)[:reach]
+        return last_user_turn(tok.decode(ids[-128 * meta.max_length :]), *marks)
 
-    return ScoreThread(ranker.score, text, max_queue=cfg.max_unscored), Scale(ranker.meta.score_quantiles)
+    cap = Cap(meta.score_quantiles, meta.length_quantiles) if cfg.use_max_tokens else Cap()
+    return ScoreThread(ranker.score, text, max_queue=cfg.max_unscored), Scale(meta.score_quantiles), cap

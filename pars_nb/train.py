@@ -25,7 +25,7 @@ from .metrics import ranking_report, tau_b
 from .pairs import check_admissible
 from .ranker import LOSSES, Ranker, RankerMeta, load_encoder, load_ranker
 
-# %% ../nbs/04_train.ipynb #1467b10f
+# %% ../nbs/04_train.ipynb #ee369aa3
 class TrainConfig(BaseModel, extra="forbid"):
     "The recipe. What PARS (arXiv 2510.03243) prescribes is the default where one pass per prompt does not change it."
     encoder: str = "bert-base-uncased"  # a hub name, a local folder, or `tiny`
@@ -41,6 +41,7 @@ class TrainConfig(BaseModel, extra="forbid"):
     weight_decay: float = 0.01
     warmup: float = 0.1  # fraction of all steps
     max_length: int = Field(128, ge=4)  # prompt tokens that are read
+    end_tokens: int = Field(1, ge=1)  # how many of them from the prompt's end, where it is longer
     bf16: bool = False
     seed: int = 0
 
@@ -48,7 +49,7 @@ class TrainConfig(BaseModel, extra="forbid"):
     def learning_rate(self) -> float:
         return self.lr or (1e-3 if self.encoder == "tiny" and not self.init else 5e-5)
 
-# %% ../nbs/04_train.ipynb #95076256
+# %% ../nbs/04_train.ipynb #5c84584c
 class RankTrainer(Trainer):
     "`Trainer` whose batch is prompts with lengths, and whose loss is one of `ranker.LOSSES`."
 
@@ -65,7 +66,7 @@ class RankTrainer(Trainer):
 
 def as_dataset(ranker: Ranker, records: Sequence[Record]) -> Dataset:
     "Token ids, mean lengths (`labels`) and censored flags: what `RankTrainer` reads."
-    ids = ranker.encode([r.prompt for r in records])["input_ids"]
+    ids = ranker.encode([r.prompt for r in records])
     return Dataset.from_dict(dict(input_ids=ids, attention_mask=[[1] * len(i) for i in ids], length=[len(i) for i in ids],
                                   labels=[r.mean for r in records], censored=[r.censored for r in records]))
 
@@ -106,7 +107,7 @@ def fit(ranker: Ranker, train: Sequence[Record], val: Sequence[Record], cfg: Tra
     trainer.train(resume_from_checkpoint=resume or None)
     return trainer
 
-# %% ../nbs/04_train.ipynb #3633d4a8
+# %% ../nbs/04_train.ipynb #b08a4ea5
 QUANTILES = np.linspace(0, 1, 201)
 
 
@@ -114,7 +115,8 @@ def new_ranker(records: Sequence[Record], cfg: TrainConfig) -> Ranker:
     "An untrained ranker (or the one in `cfg.init`), with the facts that are known before training."
     first = records[0]
     facts = dict(target_model=first.model, token_source=first.token_source, train_prompts=len(records), loss=cfg.loss,
-                 fingerprint=fingerprint(records), delta=cfg.delta, margin=cfg.margin, max_length=cfg.max_length, seed=cfg.seed, pars_nb=_version())
+                 fingerprint=fingerprint(records), delta=cfg.delta, margin=cfg.margin, max_length=cfg.max_length,
+                 end_tokens=cfg.end_tokens, seed=cfg.seed, pars_nb=_version())
     if cfg.init:
         r = load_ranker(cfg.init)
         return Ranker(r.model, r.tokenizer, r.meta.model_copy(update=facts))
