@@ -74,7 +74,7 @@ def load_student(folder: str | Path) -> Student:
     except Exception as e:  # safetensors raises a class of its own for a torn file
         raise RankerError(f"the student in {folder} is damaged: {type(e).__name__}; run `pars distill` again") from e
 
-# %% ../nbs/13_student.ipynb #588df975
+# %% ../nbs/13_student.ipynb #1dba26b5
 BLEND = 0.5  # how much of the target is the teacher's score; the rest is the length
 
 
@@ -82,7 +82,7 @@ def distill(
     teacher: Ranker,
     records: Sequence[Record],  # one target model's; may be more than the teacher was trained on
     out: str | Path,  # folder of the student
-    alphas: Sequence[float] = (0.3, 1.0, 3.0, 10.0),
+    alphas: Sequence[float] = (0.1, 0.3, 1.0, 3.0),
 ) -> Student:
     "Fit a student to a teacher and recorded lengths, save it, and return it with its test results in `meta.metrics`."
     from sklearn.linear_model import Ridge
