@@ -115,31 +115,30 @@ def http_many(url, prompts, callers):
     return asyncio.run(go())
 
 
+def backend_rows(r, prompts, seconds, **facts):
+    "One backend at batch 1 and 64: on Alpaca's prompts, and on texts of a fixed number of tokens."
+    it, most = iter(range(10**9)), r.meta.max_length
+    one = timed(lambda: r.score([prompts[next(it) % len(prompts)]]), seconds, 50)
+    batch = timed(lambda: r.score(prompts[64 * (next(it) % 30):][:64]), seconds, 5)
+    rows = [facts | dict(what="alpaca", batch=1, **one), facts | dict(what="alpaca", batch=64, prompts_per_s=64e3 / batch["p50_ms"], **batch)]
+    for tokens, n in [(16, 1), (64, 1), (128, 1), (512, 1), (16, 64), (64, 64), (128, 64)]:
+        r.meta.max_length = max(most, tokens)
+        texts = ["count " * (tokens - 2)] * n
+        rows.append(facts | dict(what=f"{tokens} tokens", tokens=tokens, batch=n, **timed(lambda: r.score(texts), seconds / 2, 3)))  # noqa: B023
+        r.meta.max_length = most
+    return rows
+
+
 @app.command()
-def speed(ranker: Ranker, data: Data, student: Path | None = None, seconds: float = 2.0):
+def speed(ranker: Ranker, student: Path, data: Data, seconds: float = 2.0):
     "Each backend by length, batch and threads; and side by side with the release's recipe."
-    prompts = [r.prompt for r in draw(unseen(data, None, ranker), 2000, 0)]
-    rows = []
+    prompts, rows, facts = [r.prompt for r in draw(unseen(data, None, ranker), 2000, 0)], [], []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        for name in ("torch", *FILES, *(["student"] if student else [])):
+        for name in ("torch", *FILES, "student"):
             r = load_backend(student if name == "student" else ranker, name, threads)
-            most, it = r.meta.max_length, iter(range(10**9))
-            one = timed(lambda: r.score([prompts[next(it) % len(prompts)]]), seconds, 50)
-            batch = timed(lambda: r.score(prompts[64 * (next(it) % 30):][:64]), seconds, 5)
-            rows.append(dict(backend=name, threads=threads, what="alpaca", batch=1, **one))
-            rows.append(dict(backend=name, threads=threads, what="alpaca", batch=64, prompts_per_s=64e3 / batch["p50_ms"], **batch))
-            for tokens in (16, 64, 128, 512):
-                r.meta.max_length = min(512, max(most, tokens))
-                text = "count " * (tokens - 2)
-                rows += [dict(backend=name, threads=threads, what=f"{tokens} tokens", tokens=tokens, batch=n,
-                              **timed(lambda: r.score([text] * n), seconds / 2, 3)) for n in ((1, 64) if tokens <= 128 else (1,))]
-            r.meta.max_length = most
-            print(rows[-8:][:2], flush=True)
-    facts = []
-    if not student:
-        write("speed", rows=rows)
-        return
+            rows += backend_rows(r, prompts, seconds, backend=name, threads=threads)
+            print(rows[-9:][:2], flush=True)
     for name, code, args in (("release recipe", RECIPE, [str(ranker), "PORT"]),
                              *((f"score-server {b}", OURS, ["score-server", "--ranker", str(student if b == "student" else ranker), "--backend",
                                                             "torch" if b == "student" else b, "--port", "PORT", "--cache", "0"])
@@ -206,6 +205,65 @@ def student_quality(ranker: Ranker, student: Path, data: Data, target: str | Non
     write("student", train_prompts=len(fit), teacher_prompts=len([r for r in fit if r.prompt_id in small]), test_prompts=len(test), tau_b=tau,
           share=tau["student"] / tau["teacher"], us_single=1e3 * one["p50_ms"], us_single_p99=1e3 * one["p99_ms"],
           us_batch_64=1e3 * batch["p50_ms"] / 64, cores=os.cpu_count())
+
+
+
+@app.command("long")
+def long_prompts(encoder: Path, data: Path, target: str = "Llama-3.1-8B-Instruct", folds: int = 5):
+    """Which part of a long prompt to read: τ_b on prompts over 512 tokens, by a ridge on the frozen encoder's mean embedding
+    (out of fold, so that every prompt is tested; a fine-tuned encoder per part and fold would take hours here)."""
+    from sklearn.linear_model import Ridge
+    from sklearn.model_selection import KFold
+    from transformers import AutoModel, AutoTokenizer
+
+    from pars_nb.metrics import bootstrap
+
+    tok, model = AutoTokenizer.from_pretrained(encoder), AutoModel.from_pretrained(encoder, use_safetensors=True).eval()
+    backend = tok.backend_tokenizer
+    backend.no_truncation()
+    parts = {"head 128": (127, 1), "head 96 + tail 32": (96, 32), "head 64 + tail 64": (64, 64), "tail 128": (1, 127), "head 512": (511, 1),
+             "head 256 + tail 256": (256, 256)}
+    rows = []
+    for name in ("castillo_apps", "castillo_ds1000", "castillo_sharegpt"):
+        records = read(data / f"{name}.parquet", target)
+        y, ids = np.array([r.mean for r in records]), [e.ids for e in backend.encode_batch([r.prompt for r in records])]
+        n = np.array([len(i) for i in ids])
+        for part, (head, tail) in parts.items():
+            cut = [i if len(i) <= head + tail else i[:head] + i[-tail:] for i in ids]
+            x = np.stack([embed(model, c) for c in cut])
+            x = np.c_[(x - x.mean(0)) / (x.std(0) + 1e-6), np.log(n)]
+            score = np.zeros(len(y))
+            for a, b in KFold(folds, shuffle=True, random_state=0).split(x):
+                score[b] = Ridge(alpha=300.0).fit(x[a], np.log(y[a])).predict(x[b])
+            over = n > 512
+            lo, hi = bootstrap(tau_b, score[over], y[over])
+            rows.append(dict(data=name, part=part, prompts=len(y), over_512=int(over.sum()), tau_b=tau_b(score, y),
+                             tau_b_over_512=tau_b(score[over], y[over]), lo=lo, hi=hi))
+            print(rows[-1], flush=True)
+    write("long", target=target, folds=folds, rows=rows)
+
+
+@torch.inference_mode()
+def embed(model, ids):
+    "The mean of the last layer's vectors."
+    return model(input_ids=torch.tensor([ids])).last_hidden_state[0].mean(0).numpy()
+
+
+@app.command("cap")
+def max_tokens_effect(ranker: Ranker, data: Data, target: str | None = None, seed: int = 0):
+    "What `max_tokens` adds: real held-out prompts and lengths, each request given a limit by lot (made up: the data record none)."
+    from pars_nb.score import Cap
+
+    r, rng = load_ranker(ranker), np.random.default_rng(seed)
+    records = split(read(data, target), seed=r.meta.seed)[2]
+    score, y = r.score([o.prompt for o in records]), np.array([o.mean for o in records])
+    cap, rows = Cap(r.meta.score_quantiles, r.meta.length_quantiles), []
+    for share in (0.0, 0.25, 0.5, 1.0):
+        limit = np.where(rng.random(len(y)) < share, rng.choice([16, 64, 256], len(y)), 10**6)
+        real = np.minimum(y, limit)
+        capped = np.array([cap(float(s), int(m)) for s, m in zip(score, limit, strict=True)])
+        rows.append(dict(share_with_limit=share, tau_b_prompt_only=tau_b(score, real), tau_b_with_max_tokens=tau_b(capped, real)))
+    write("cap", prompts=len(y), limits=[16, 64, 256], rows=rows)
 
 
 if __name__ == "__main__":
