@@ -16,7 +16,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'pars_nb.backends.to_onnx': ('backends.html#to_onnx', 'pars_nb/backends.py'),
                                   'pars_nb.backends.to_onnx_int8': ('backends.html#to_onnx_int8', 'pars_nb/backends.py'),
                                   'pars_nb.backends.to_openvino': ('backends.html#to_openvino', 'pars_nb/backends.py'),
-                                  'pars_nb.backends.to_openvino_int8': ('backends.html#to_openvino_int8', 'pars_nb/backends.py'),
                                   'pars_nb.backends.try_backend': ('backends.html#try_backend', 'pars_nb/backends.py')},
             'pars_nb.bench': { 'pars_nb.bench.BenchSettings': ('bench.html#benchsettings', 'pars_nb/bench.py'),
                                'pars_nb.bench.Engine': ('bench.html#engine', 'pars_nb/bench.py'),

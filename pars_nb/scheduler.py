@@ -77,7 +77,7 @@ class PolicyRequestQueue(RequestQueue):
 
     def __iter__(self) -> Iterator[Request]: return iter(self.q)
 
-# %% ../nbs/08_scheduler.ipynb #ed2dabb9
+# %% ../nbs/08_scheduler.ipynb #7639f2e0
 class PARSScheduler(AsyncScheduler):
     "vLLM's `AsyncScheduler` that serves predicted-short requests first (arXiv 2510.03243), and FCFS where it knows nothing."
 
@@ -99,7 +99,7 @@ class PARSScheduler(AsyncScheduler):
         if self.scorer is None:
             return super().schedule(*args, **kw)
         for request, score in self.scorer.drain():
-            self.waiting.q.set_score(request, self.cap(score, request.max_tokens))
+            self.waiting.q.set_score(request, self.cap(score, getattr(request, "max_tokens", None)))
         out = super().schedule(*args, **kw)
         for request in self.fresh:
             if request in self.waiting.q:  # it has to wait, so its place matters

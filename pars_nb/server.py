@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field
 
 from .score import Cap, ScoreThread
 
-# %% ../nbs/15_server.ipynb #398f8099
+# %% ../nbs/15_server.ipynb #72fc8092
 class AsyncScores:
     "A `ScoreThread` that can be awaited; None for a prompt that was shed or has no usable score."
 
@@ -29,8 +29,12 @@ class AsyncScores:
 
     def _done(self, key: Hashable, score: float | None) -> None:
         loop, future = self.waiting.pop(key)
+        def wake() -> None:
+            if not future.done():  # the caller may have gone
+                future.set_result(score)
+
         try:
-            loop.call_soon_threadsafe(lambda: future.done() or future.set_result(score))
+            loop.call_soon_threadsafe(wake)
         except RuntimeError:  # the caller's loop has ended, nobody waits for this score
             pass
 

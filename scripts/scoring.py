@@ -144,10 +144,43 @@ def speed(ranker: Ranker, student: Path, data: Data, seconds: float = 2.0):
                                                             "torch" if b == "student" else b, "--port", "PORT", "--cache", "0"])
                                for b in ("torch", "onnx-int8", "openvino-int8", "student"))):
         with served(code, *args) as url:
-            facts.append(dict(server=name, single=http_single(url, prompts), many=[http_many(url, prompts[:1000], c) for c in (1, 8, 64)]))
+            facts.append(dict(server=name, single=http_single(url, prompts), many=[http_many(url, prompts[:400], c) for c in (1, 8, 64)]))
             print(facts[-1], flush=True)
     agree = [try_backend(ranker, b, seconds=0.1) for b in ("torch", *FILES)]
     write("speed", prompts=len(prompts), rows=rows, servers=facts, agreement={a["backend"]: a["tau_b"] for a in agree})
+
+
+@app.command()
+def quantization(ranker: Ranker):
+    "Ways to make the graph 8-bit that `pars export` does not take: τ_b to PyTorch and milliseconds, beside those it takes."
+    import tempfile
+
+    import nncf
+    import openvino
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    from pars_nb.backends import FastRanker, onnx_run, openvino_run
+
+    source, r, rows = ranker / "fast" / FILES["onnx"], load_ranker(ranker), []
+    probes = json.loads((ranker / "fast/probes.json").read_text())
+    with tempfile.TemporaryDirectory() as d:
+        for name, per_channel in (("onnx dynamic, per tensor", False), ("onnx dynamic, per channel", True)):
+            quantize_dynamic(source, f"{d}/q.onnx", weight_type=QuantType.QInt8, per_channel=per_channel)
+            rows.append((name, onnx_run(Path(f"{d}/q.onnx"), 1)))
+        ids = [np.array([i]) for i in r.encode(probes["prompts"])]
+        data = nncf.Dataset([dict(input_ids=i, attention_mask=np.ones_like(i)) for i in ids])
+        model = nncf.quantize(openvino.convert_model(source), data, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(ids))
+        openvino.save_model(model, f"{d}/q.xml")
+        rows.append(("openvino static, NNCF", openvino_run(Path(f"{d}/q.xml"), 1)))
+        rows += [(name, load_backend(ranker, name).run) for name in ("onnx", "onnx-int8", "openvino", "openvino-int8")]
+        out = []
+        for name, run in rows:
+            f = FastRanker(run, r.tokenizer, r.meta, name)
+            it, agreement = iter(range(10**9)), tau_b(f.score(probes["prompts"]), probes["scores"])
+            t = timed(lambda: f.score([probes["prompts"][next(it) % len(probes["prompts"])]]), 2.0, 200)  # noqa: B023
+            out.append(dict(backend=name, tau_b=agreement, taken=name in FILES, **t))
+            print(out[-1], flush=True)
+    write("quantization", rows=out)
 
 
 @app.command("engine")
