@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from .metrics import tau_b
-from .ranker import Ranker, RankerError, load_ranker
+from .ranker import Ranker, RankerError, load_ranker, to_scores
 from .student import load_student
 
 # %% ../nbs/14_backends.ipynb #395f0827
@@ -35,7 +35,7 @@ class _Scores(torch.nn.Module):
         self.model = model
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits[:, 0]
+        return to_scores(self.model(input_ids=input_ids, attention_mask=attention_mask).logits)
 
 
 def to_onnx(ranker: Ranker, path: Path) -> None:

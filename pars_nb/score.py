@@ -10,6 +10,7 @@ import logging
 import math
 import queue
 import threading
+import time
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -32,6 +33,7 @@ class ScoreThread:
         cache: int = 4096,  # texts whose scores are remembered, the least recently used forgotten first; 0: none
         on_score: Callable[[Hashable, float | None], None] | None = None,  # called in the thread; None: `drain` collects
         on_error: Callable[[str], None] = log.warning,
+        retry_s: float = 30.0,  # a ranker that has failed three times in a row is let alone for so long
     ) -> None:
         self.score, self.text, self.max_batch, self.on_error = score, text, max_batch, on_error
         self.todo: queue.Queue[tuple[Hashable, Any]] = queue.Queue(max_queue)
@@ -39,11 +41,12 @@ class ScoreThread:
         self.deliver = on_score or (lambda key, s: self.done.put((key, s)))
         self.cache: LRUCache[str, float] = LRUCache(cache)
         self.broken, self.dropped, self.failures, self.hits = False, 0, 0, 0
+        self.retry_s, self.retry_at = retry_s, 0.0
         threading.Thread(target=self._run, name="pars-score", daemon=True).start()
 
     def submit(self, key: Hashable, item: Any) -> bool:
-        "Ask for a score; False when it was dropped (queue full, or the ranker has given up)."
-        if not self.broken:
+        "Ask for a score; False when it was dropped (queue full, or the ranker fails)."
+        if not self.broken or time.monotonic() >= self.retry_at:
             try:
                 self.todo.put_nowait((key, item))
                 return True
@@ -60,7 +63,7 @@ class ScoreThread:
         return out
 
     def _run(self) -> None:
-        while not self.broken:
+        while True:
             batch = [self.todo.get()]
             while len(batch) < self.max_batch and not self.todo.empty():
                 batch.append(self.todo.get_nowait())
@@ -71,8 +74,8 @@ class ScoreThread:
             texts = [self.text(item) for _, item in batch]
             known = self._scores(texts)
             scores = [known[t] for t in texts]
-            self.failures = 0
-        except Exception as e:  # whatever the ranker does, the engine goes on
+            self.failures, self.broken = 0, False
+        except BaseException as e:  # whatever the ranker does, the engine goes on, and so does the thread
             scores = [math.nan] * len(batch)
             self._failed(e)
         for (key, _), s in zip(batch, scores, strict=True):
@@ -90,11 +93,13 @@ class ScoreThread:
             if self.cache.maxsize: self.cache[t] = s
         return known
 
-    def _failed(self, e: Exception) -> None:
+    def _failed(self, e: BaseException) -> None:
         self.failures += 1
-        if self.failures >= 3:
-            self.broken = True
-            self.on_error(f"PARS: the ranker failed {self.failures} times in a row ({type(e).__name__}: {e}); serving FCFS from now on")
+        if self.failures < 3: return
+        self.broken, self.retry_at = True, time.monotonic() + self.retry_s
+        if self.failures == 3:
+            self.on_error(f"PARS: the ranker failed 3 times in a row ({type(e).__name__}: {e}); serving FCFS, and trying it again "
+                          f"every {self.retry_s:.0f} s")
 
 # %% ../nbs/06_score.ipynb #9102ae5e
 PROBE = "qzxjkvprobe"
