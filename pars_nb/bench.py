@@ -42,6 +42,7 @@ class Workload(BaseModel, frozen=True):
     arrivals: list[float]
     prompts: list[str]
     lengths: list[int]
+    scores: list[float] = []  # made beforehand, for queues that are told them with the request
 
 
 def make_workload(
@@ -51,15 +52,24 @@ def make_workload(
     seed: int = 0,
     max_tokens: int = 2048,  # longer recorded lengths are cut to this
     name: str = "",
+    gaps: Sequence[float] | None = None,  # recorded seconds between arrivals; `n` in a row are taken and stretched to `rate`
 ) -> Workload:
     "Draw `n` requests: without repetition as long as there are enough records. Raises `DataError` for none."
     if not records:
         raise DataError("no records to draw a workload from")
     rng = np.random.default_rng(seed)
     picked = [records[i] for i in rng.choice(len(records), n, replace=n > len(records))]
-    gaps = rng.exponential(1, n) / rate if rate < math.inf else np.zeros(n)
-    return Workload(name=name or ("burst" if rate == math.inf else "poisson"), seed=seed, arrivals=np.cumsum(gaps).tolist(),
+    between = rng.exponential(1, n) if gaps is None else _window(np.asarray(gaps, dtype=float), n, rng)
+    at = np.cumsum(between) / rate if rate < math.inf else np.zeros(n)
+    return Workload(name=name or ("burst" if rate == math.inf else "poisson"), seed=seed, arrivals=at.tolist(),
                     prompts=[r.prompt for r in picked], lengths=[min(max_tokens, int(rng.choice(r.lengths))) for r in picked])
+
+
+def _window(gaps: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
+    "`n` gaps in a row, from a random place (round the end where there are too few), with mean 1."
+    x = np.roll(gaps, -int(rng.integers(len(gaps))))
+    x = np.resize(x, n)
+    return x / x.mean() if x.sum() > 0 else np.ones(n)
 
 # %% ../nbs/10_bench.ipynb #3b53285d
 CONTROL = "FCFS (our class)"
@@ -74,19 +84,22 @@ class EngineSettings(BaseModel, extra="forbid"):
     seed: int = 0
 
 
-def variants(ranker: str | None, max_overtake_s: float = 60.0) -> dict[str, dict[str, Any]]:
-    "Engine arguments of each queue: stock FCFS, FCFS in our class (the control), PARS (where there is a ranker), Oracle SJF."
+def variants(ranker: str | None, max_overtake_s: float = 60.0, priority: bool = False) -> dict[str, dict[str, Any]]:
+    """Engine arguments of each queue: stock FCFS, FCFS in our class (the control), PARS (where there is a ranker), Oracle SJF; and
+    with `priority` vLLM's own priority policy, told each workload's `scores`."""
     def ours(**pars: Any) -> dict[str, Any]:
         return dict(scheduler_cls="pars_nb.scheduler.PARSScheduler", additional_config=dict(pars=pars))
 
     out = {"FCFS (stock)": {}, CONTROL: ours(policy="fcfs")}
+    if priority:
+        out["priority (stock), offline scores"] = dict(scheduling_policy="priority")
     if ranker:
         out["PARS"] = ours(ranker=str(ranker), max_overtake_s=max_overtake_s)
     return out | {"Oracle SJF": ours(policy="sjf", client_scores=True)}
 
 # %% ../nbs/10_bench.ipynb #6b8f878c
-async def play(engine: Any, ids: list[list[int]], w: Workload, tell: bool) -> list[Served]:
-    "Send the requests at their times; with `tell`, each brings its true length as its score."
+async def play(engine: Any, ids: list[list[int]], w: Workload, tell: str = "") -> list[Served]:
+    "Send the requests at their times. With `tell` each brings its true `length` as its score, or its score as its `priority`."
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -96,9 +109,10 @@ async def play(engine: Any, ids: list[list[int]], w: Workload, tell: bool) -> li
         due, n = start + w.arrivals[i], w.lengths[i]
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
         params = SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA,
-                                extra_args={"pars_score": float(n)} if tell else None)
+                                extra_args={"pars_score": float(n)} if tell == "length" else None)
+        rank = round(1000 * w.scores[i]) if tell == "priority" else 0
         first, got, now = None, 0, due
-        async for out in engine.generate({"prompt_token_ids": ids[i]}, params, f"{w.name}-{w.seed}-{i}-{time.time_ns()}"):
+        async for out in engine.generate({"prompt_token_ids": ids[i]}, params, f"{w.name}-{w.seed}-{i}-{time.time_ns()}", priority=rank):
             now, got = time.perf_counter(), got + len(out.outputs[0].token_ids)
             first = first or now
         if got != n:
@@ -114,7 +128,8 @@ async def _serve(conn: Any, settings: dict, engine_args: dict) -> None:
 
     engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**settings, enforce_eager=True, disable_log_stats=True, **engine_args))
     tok = engine.get_tokenizer()
-    tell = engine_args.get("additional_config", {}).get("pars", {}).get("client_scores", False)
+    told = engine_args.get("additional_config", {}).get("pars", {}).get("client_scores", False)
+    tell = "length" if told else engine_args.get("scheduling_policy", "")
     conn.send("ready")
     while (sent := await asyncio.to_thread(conn.recv)) is not None:
         w = Workload(**sent)

@@ -145,15 +145,16 @@ class _Queue(AsyncScheduler):
 
     # Where async scheduling is off (vLLM on CPU forces that), AsyncScheduler's bookkeeping is left out:
     # its grandparent's methods are then exactly what stock vLLM runs.
+    @property
+    def is_async(self) -> bool: return bool(self.scheduler_config.async_scheduling)
+
     def _update_after_schedule(self, *args: Any, **kw: Any) -> None:
-        base = AsyncScheduler if self.scheduler_config.async_scheduling else Scheduler
-        base._update_after_schedule(self, *args, **kw)
+        (AsyncScheduler if self.is_async else Scheduler)._update_after_schedule(self, *args, **kw)
 
     def _update_request_with_output(self, *args: Any, **kw: Any) -> Any:
-        base = AsyncScheduler if self.scheduler_config.async_scheduling else Scheduler
-        return base._update_request_with_output(self, *args, **kw)
+        return (AsyncScheduler if self.is_async else Scheduler)._update_request_with_output(self, *args, **kw)
 
-# %% ../nbs/08_scheduler.ipynb #b3f679e7
+# %% ../nbs/08_scheduler.ipynb #c41a6b37
 class PARSScheduler(_Queue):
     "vLLM's `AsyncScheduler` that serves predicted-short requests first (arXiv 2510.03243), and FCFS where it knows nothing."
 

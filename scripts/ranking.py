@@ -116,10 +116,10 @@ def frozen_ridge(encoder, train, test):
     return RidgeCV(alphas=np.logspace(1, 4, 10)).fit(s.transform(a), np.log([r.mean for r in train])).predict(s.transform(b))
 
 
-def recipe(encoder, n, seed=0, passes=2400, **kw):
+def recipe(encoder, n, seed=0, passes=1600, **kw):
     "One budget for all: about `passes` prompts through the encoder, forth and back."
-    epochs = min(4, max(2, round(passes / n, 1)))
-    return TrainConfig(encoder=encoder, epochs=epochs, batch_size=32, lr=1e-4, bf16=True, keep_best=False, seed=seed, **kw)
+    epochs = min(4, max(1, round(passes / n, 1)))
+    return TrainConfig(encoder=encoder, epochs=epochs, batch_size=16, lr=1e-4, max_length=64, bf16=True, keep_best=False, seed=seed, **kw)
 
 
 def trained(cfg, train):
@@ -136,7 +136,7 @@ def predictors(data: Data, encoder: Encoder, seeds: int = 3, shard: Shard = "1/1
     "Predictor × workload × seed, one encoder, one trainer, one budget."
     losses = ["margin", "logistic", "win", "pointwise", "listmle", "bucket"]
     names = [*losses, "margin, δ = 0", "tfidf ridge", "frozen encoder + ridge", "prompt length"]
-    keys = [[w, p, s] for s in range(seeds) for w in WORKLOADS for p in names]
+    keys = [[w, p, s] for s in range(seeds) for w in WORKLOADS if w != "reason" for p in names]
     cells = Cells("predictors", shard, parts=PARTS, workloads=WORKLOADS)
     for w, p, s in (todo := cells.todo(keys)):
         records = load(data, w)
@@ -181,7 +181,7 @@ def targets(data: Data, encoder: Encoder, seeds: int = 3, shard: Shard = "1/1"):
     cells = Cells("targets", shard, parts=PARTS)
     for w, k, s in cells.todo(keys):
         train, _, test = split(load(data, w), PARTS, s)
-        r, seconds = trained(recipe(encoder, len(train), s, passes=1.6 * 2400, **kinds[k]), train)
+        r, seconds = trained(recipe(encoder, len(train), s, **kinds[k]), train)
         more = {}
         if k == "log-normal":  # where in its predicted distribution does each observed run fall?
             mid, spread = r.spread([o.prompt for o in test])
