@@ -99,7 +99,7 @@ def variants(ranker: str | None, max_overtake_s: float = 60.0, priority: bool = 
 
 # %% ../nbs/10_bench.ipynb #6b8f878c
 async def play(engine: Any, ids: list[list[int]], w: Workload, tell: str = "") -> list[Served]:
-    "Send the requests at their times. With `tell` each brings its true `length` as its score, or its score as its `priority`."
+    "Send the requests at their times. With `tell` each brings its `score` (the true length where it has none), or that as its `priority`."
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -107,10 +107,10 @@ async def play(engine: Any, ids: list[list[int]], w: Workload, tell: str = "") -
 
     async def one(i: int) -> Served:
         due, n = start + w.arrivals[i], w.lengths[i]
-        await asyncio.sleep(max(0.0, due - time.perf_counter()))
+        score = w.scores[i] if w.scores else float(n)
         params = SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA,
-                                extra_args={"pars_score": float(n)} if tell == "length" else None)
-        rank = round(1000 * w.scores[i]) if tell == "priority" else 0
+                                extra_args={"pars_score": score} if tell == "score" else None)
+        rank = round(1000 * score) if tell == "priority" else 0
         first, got, now = None, 0, due
         async for out in engine.generate({"prompt_token_ids": ids[i]}, params, f"{w.name}-{w.seed}-{i}-{time.time_ns()}", priority=rank):
             now, got = time.perf_counter(), got + len(out.outputs[0].token_ids)
@@ -119,7 +119,11 @@ async def play(engine: Any, ids: list[list[int]], w: Workload, tell: str = "") -
             raise RuntimeError(f"request {i} made {got} tokens instead of {n}")
         return Served(arrival=due, first=first or now, last=now, output_tokens=n, prompt_tokens=len(ids[i]))
 
-    return list(await asyncio.gather(*(one(i) for i in range(len(ids)))))
+    tasks = []
+    for i, at in enumerate(w.arrivals):  # one after the other, so that a burst has the same order in every run
+        if (wait := start + at - time.perf_counter()) > 0: await asyncio.sleep(wait)
+        tasks.append(asyncio.create_task(one(i)))
+    return list(await asyncio.gather(*tasks))
 
 
 async def _serve(conn: Any, settings: dict, engine_args: dict) -> None:
@@ -129,7 +133,7 @@ async def _serve(conn: Any, settings: dict, engine_args: dict) -> None:
     engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**settings, enforce_eager=True, disable_log_stats=True, **engine_args))
     tok = engine.get_tokenizer()
     told = engine_args.get("additional_config", {}).get("pars", {}).get("client_scores", False)
-    tell = "length" if told else engine_args.get("scheduling_policy", "")
+    tell = "score" if told else engine_args.get("scheduling_policy", "")
     conn.send("ready")
     while (sent := await asyncio.to_thread(conn.recv)) is not None:
         w = Workload(**sent)
@@ -314,9 +318,9 @@ def ranker_facts(ranker: str | None, runs: Sequence[Run]) -> dict[str, Any] | No
     "The ranker's own facts, and its τ_b on the prompts that were served against the lengths they were given."
     if ranker is None:
         return None
-    from pars_nb.ranker import load_ranker
+    from pars_nb.backends import load_backend
 
-    r = load_ranker(ranker)
+    r = load_backend(ranker, "torch")
     seen = {p: n for run in runs for p, n in zip(run.workload.prompts, run.workload.lengths, strict=True)}
     facts = r.meta.model_dump(exclude={"score_quantiles", "length_quantiles"})
     return facts | dict(tau_b_served=tau_b(r.score(list(seen)), np.array(list(seen.values()))), prompts_served=len(seen))

@@ -13,6 +13,7 @@ import json
 import os
 import random
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -100,7 +101,7 @@ def train(
     target: Target = None,
     encoder: Annotated[str, typer.Option(help="A hub name, a local folder, or `tiny` (from scratch, no download).")] = "bert-base-uncased",
     init: Annotated[Path | None, typer.Option(help="Start from this ranker instead.")] = None,
-    loss: Annotated[str, typer.Option(help="margin (PARS), logistic, pointwise, listmle")] = "margin",
+    loss: Annotated[str, typer.Option(help="margin (PARS), logistic, win, pointwise, listmle, bucket, lognormal")] = "margin",
     delta: Annotated[float, typer.Option(help="Least relative gap of a pair that teaches.")] = 0.2,
     epochs: float = 3.0,
     batch_size: Annotated[int, typer.Option(help="Prompts a batch; all their pairs count.")] = 64,
@@ -163,11 +164,11 @@ def evaluate(
 
     [dim]pars eval --data runs/lengths --ranker runs/ranker[/]
     """
+    from pars_nb.backends import load_backend
     from pars_nb.data import DataError, read, split
     from pars_nb.metrics import ranking_report
-    from pars_nb.ranker import load_ranker
 
-    r, records = load_ranker(ranker), read(data, target)
+    r, records = load_backend(ranker, "torch"), read(data, target)
     records = records if all_prompts else split(records, seed=r.meta.seed)[2]
     if len(records) < 2:
         raise DataError(f"{len(records)} held-out prompts are too few; --all-prompts takes all of them")
@@ -210,11 +211,11 @@ def bench(
 
 def unseen(data: Path, target: str | None, ranker: Path | None) -> list:
     "The records that the ranker's training split did not hold."
+    from pars_nb.backends import load_backend
     from pars_nb.data import read, split
-    from pars_nb.ranker import load_ranker
 
     records = read(data, target)
-    return [r for part in split(records, seed=load_ranker(ranker).meta.seed)[1:] for r in part] if ranker else records
+    return [r for part in split(records, seed=load_backend(ranker, "torch").meta.seed)[1:] for r in part] if ranker else records
 
 
 def show_bench(result: dict[str, Any], out: Path) -> None:
@@ -248,18 +249,20 @@ def serve(
     """
     import shlex
 
-    from pars_nb.ranker import load_ranker
+    from pars_nb.backends import load_backend
     from pars_nb.tiny import engine_env
 
     pars: dict[str, Any] = dict(max_overtake_s=max_overtake_s)
     if ranker:
-        load_ranker(ranker)  # a clear error here beats a fallback there
+        load_backend(ranker, "torch")  # a clear error here beats a fallback there
         pars["ranker"] = str(ranker.resolve())
     cmd = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model,
            "--scheduler-cls", "pars_nb.scheduler.PARSScheduler", "--additional-config", json.dumps(dict(pars=pars)), *ctx.args]
     console.print(shlex.join(cmd), soft_wrap=True, highlight=False, markup=False)
     if not dry_run:
         env = {k: v for k, v in engine_env().items() if k != "HF_HUB_OFFLINE"} | {k: v for k, v in os.environ.items() if k == "HF_HUB_OFFLINE"}
+        if "PROMETHEUS_MULTIPROC_DIR" not in env:  # so that /metrics shows what the engine's process counts
+            env["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="pars-metrics-")
         os.execve(sys.executable, cmd, env)
 
 # %% ../nbs/11_cli.ipynb #b1a302af
@@ -276,8 +279,6 @@ def demo(
 
     [dim]pars demo --out results/demo[/]
     """
-    import tempfile
-
     from pars_nb.tiny import demo_prompts, need_vllm, serving
 
     try:

@@ -154,7 +154,7 @@ class _Queue(AsyncScheduler):
     def _update_request_with_output(self, *args: Any, **kw: Any) -> Any:
         return (AsyncScheduler if self.is_async else Scheduler)._update_request_with_output(self, *args, **kw)
 
-# %% ../nbs/08_scheduler.ipynb #c41a6b37
+# %% ../nbs/08_scheduler.ipynb #75b6295e
 class PARSScheduler(_Queue):
     "vLLM's `AsyncScheduler` that serves predicted-short requests first (arXiv 2510.03243), and FCFS where it knows nothing."
 

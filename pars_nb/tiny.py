@@ -162,8 +162,9 @@ def serving(
     path = Path(log) if log else Path(tempfile.mkdtemp()) / "server.log"
     cmd = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model or tiny_llm()),
            "--host", "127.0.0.1", "--port", str(port), "--enforce-eager", *flags]
+    env = engine_env() | dict(PROMETHEUS_MULTIPROC_DIR=tempfile.mkdtemp(prefix="pars-metrics-"))  # /metrics shows the engine's process too
     with open(path, "w") as out:
-        proc = subprocess.Popen(cmd, stdout=out, stderr=subprocess.STDOUT, env=engine_env(), start_new_session=True)
+        proc = subprocess.Popen(cmd, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True)
     try:
         _wait_up(proc, f"http://127.0.0.1:{port}/health", timeout, path)
         yield f"http://127.0.0.1:{port}/v1"

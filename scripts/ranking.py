@@ -184,7 +184,8 @@ def targets(data: Data, encoder: Encoder, seeds: int = 3, shard: Shard = "1/1"):
         r, seconds = trained(recipe(encoder, len(train), s, **kinds[k]), train)
         more = {}
         if k == "log-normal":  # where in its predicted distribution does each observed run fall?
-            mid, spread = r.spread([o.prompt for o in test])
+            texts = [o.prompt for o in test]
+            mid, spread = r.score(texts), r.spread(texts)
             z = [(math.log(x / 100) - m) / sd for o, m, sd in zip(test, mid, spread, strict=True) for x in o.lengths]
             u = np.array([0.5 * (1 + math.erf(x / math.sqrt(2))) for x in z])
             more = dict(quantile=[q / 20 for q in range(1, 20)], observed=[float((u <= q / 20).mean()) for q in range(1, 20)],

@@ -67,7 +67,7 @@ def load(ranker: Ranker, data: Data, trace: Path, target: str | None = None, nam
                     w = make_workload(records, n, what * float(np.median(rates)), 1000 + seed, max_tokens, f"azure ρ={what:g}", gaps)
                 w, k = scored(w), seed % len(names)
                 for q in names[k:] + names[:k]:
-                    s = summarise(engines[q].run(w))
+                    s = summarise(engines[q].run(w if q.startswith("priority") else w.model_copy(update=dict(scores=[]))))
                     rates += [s["request_throughput"]] if (q, what) == (CONTROL, "burst") else []
                     rows.append(dict(queue=q, workload=w.name, seed=seed, tau_b=tau_b(np.array(w.scores), np.array(w.lengths)), **s))
                     print(f"{w.name:12} seed {seed} {q:34} NTPOT {s['mean_ntpot_ms']:8.1f} ms  p99 E2EL {s['p99_e2el_ms']:8.0f} ms  "
@@ -76,6 +76,43 @@ def load(ranker: Ranker, data: Data, trace: Path, target: str | None = None, nam
                       engine=settings.model_dump(exclude={"model"}), ranker=facts.meta.metrics,
                       summary=json.loads(table(pd.DataFrame(rows)).to_json(orient="records")), runs=rows)
     for f in OUT.glob(f"engine-{name}-*.log"):
+        f.unlink()
+
+
+@app.command()
+def harm(data: Data, trace: Path, target: str | None = None, requests: int = 1500, seeds: int = 5, rho: float = 1.0, max_tokens: int = 1024,
+         max_num_seqs: int = 16):
+    """Useless and reversed scores, which the clients send: E2EL against FCFS of those who arrive in the second half, when the guard has
+    had its requests to judge by; and the same without a guard."""
+    import pandas as pd
+
+    records, settings, rows, rates = unseen(data, target, None), EngineSettings(max_num_seqs=max_num_seqs), [], []
+    gaps = np.diff(np.sort(pd.read_parquet(trace).iloc[:, 0].pipe(seconds).to_numpy()))
+    def ours(**pars):
+        return dict(scheduler_cls="pars_nb.scheduler.PARSScheduler", additional_config=dict(pars=pars))
+    queues = {CONTROL: ours(policy="fcfs"), "guarded": ours(client_scores=True), "no guard": ours(client_scores=True, min_tau=0.0),
+              "shadow": ours(client_scores=True, mode="shadow")}
+    with ExitStack() as stack:
+        OUT.mkdir(parents=True, exist_ok=True)
+        engines = {k: stack.enter_context(engine(settings, v, OUT / f"engine-harm-{i}.log")) for i, (k, v) in enumerate(queues.items())}
+        for e in engines.values():
+            e.get()
+        for seed in range(3):
+            rates.append(summarise(engines[CONTROL].run(make_workload(records, requests, seed=seed, max_tokens=max_tokens)))["request_throughput"])
+        names = list(engines)
+        for kind in ("random", "reversed"):
+            for seed in range(seeds):
+                w = make_workload(records, requests, rho * float(np.median(rates)), seed, max_tokens, f"{kind} scores", gaps)
+                rng = np.random.default_rng(seed)
+                w = w.model_copy(update=dict(scores=rng.random(requests).tolist() if kind == "random" else [-float(n) for n in w.lengths]))
+                k = seed % len(names)
+                for q in names[k:] + names[:k]:
+                    served = engines[q].run(w)
+                    late = summarise(sorted(served, key=lambda o: o.arrival)[requests // 2:])
+                    rows.append(dict(queue=q, workload=w.name, seed=seed, **late))
+                    print(f"{w.name:16} seed {seed} {q:18} mean E2EL {late['mean_e2el_ms']:8.0f} p99 {late['p99_e2el_ms']:8.0f} ms", flush=True)
+    write("harm", requests=requests, rho=rho, summary=json.loads(table(pd.DataFrame(rows)).to_json(orient="records")), runs=rows)
+    for f in OUT.glob("engine-harm-*.log"):
         f.unlink()
 
 
