@@ -9,7 +9,7 @@ comma := ,
 BIN := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu check real lab docs-readme clean
+.PHONY: help demo test test-slow test-gpu check real conformance lab docs-readme clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -52,6 +52,9 @@ test-gpu:  ## the `#| cuda` cells; says so and stops where there is no GPU
 
 real: $(VENV)/real.ok  ## train and bench on recorded lengths in ../shared/data (the tables in results/real)
 	sh scripts/real.sh
+
+conformance: $(VENV)/test.ok  ## vLLM's own scheduler tests, stock and with our class: results/serving/conformance.json
+	python scripts/conformance.py
 
 lab: $(VENV)/lab.ok  ## JupyterLab on the notebooks
 	jupyter lab nbs

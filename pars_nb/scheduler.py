@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['log', 'PARSConfig', 'read_config', 'PolicyRequestQueue', 'make_cost', 'make_policy', 'client_score', 'PARSScheduler',
-           'make_scorer', 'load']
+           'make_scorer', 'scoring', 'load']
 
 # %% ../nbs/08_scheduler.ipynb #6f385302
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 
-from .policy import FCFS, HRRN, PARS, SJF, Cost, Policy, PolicyQueue, Scale, Spread, Threshold, Tokens, by_score
+from .policy import FCFS, HRRN, PARS, SJF, Cost, Policy, PolicyQueue, Scale, Threshold, Tokens, by_score, gittins_factor, tail_factor
 from .score import Cap, ScoreThread, chat_marks, last_user_turn
 from .watch import Meters, Trust
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -37,7 +38,7 @@ class PARSConfig(BaseModel, extra="forbid"):
     min_tau: float = Field(0.15, ge=0, lt=1)  # under this rolling τ_b the order is followed less, under half of it not at all; 0: no guard
     tau_window: int = Field(256, ge=50)  # finished requests that the rolling τ_b looks at
     prefill_token: float = Field(0.1, ge=0)  # what an uncached prompt token costs, in decode tokens
-    spread: Literal["none", "tail", "gittins"] = "none"  # with a ranker that gives one: shun or seek the uncertain
+    spread: Literal["none", "tail", "gittins"] = "none"  # with a ranker of loss `lognormal`: weigh how sure it is
     backend: str = "auto"  # what runs the ranker: torch, onnx, onnx-int8, openvino, openvino-int8; auto: the fastest that agrees
     scorer_threads: int = Field(1, ge=1)  # cores the ranker may take from the engine (exported backends)
     use_max_tokens: bool = False  # a request's `max_tokens` caps its score; keep it off in benchmarks that force lengths by it
@@ -91,8 +92,7 @@ def make_cost(cfg: PARSConfig, scores: list[float], lengths: list[float]) -> Cos
     "Tokens where a checkpoint has tables, else the score as it is."
     if len(scores) < 2:
         return by_score
-    tokens = Tokens(scores, lengths, cfg.prefill_token)
-    return tokens if cfg.spread == "none" else Spread(tokens, cfg.spread)
+    return Tokens(scores, lengths, cfg.prefill_token)
 
 
 def make_policy(cfg: PARSConfig, scale: Scale, cost: Cost = by_score, trust: float = 1.0) -> Policy:
@@ -154,7 +154,7 @@ class _Queue(AsyncScheduler):
     def _update_request_with_output(self, *args: Any, **kw: Any) -> Any:
         return (AsyncScheduler if self.is_async else Scheduler)._update_request_with_output(self, *args, **kw)
 
-# %% ../nbs/08_scheduler.ipynb #75b6295e
+# %% ../nbs/08_scheduler.ipynb #97f3513a
 class PARSScheduler(_Queue):
     "vLLM's `AsyncScheduler` that serves predicted-short requests first (arXiv 2510.03243), and FCFS where it knows nothing."
 
@@ -221,18 +221,31 @@ def make_scorer(cfg: PARSConfig, model_config: Any) -> tuple[ScoreThread | None,
         from transformers import AutoTokenizer
 
         ranker = load(cfg)
+        score = scoring(ranker, cfg.spread)
         tok = AutoTokenizer.from_pretrained(model_config.tokenizer, revision=model_config.tokenizer_revision, trust_remote_code=False)
     except Exception as e:  # a scheduler that does not start serves nobody
         log.warning("PARS: no usable ranker, serving FCFS: %s", e)
         return nothing
     meta, marks = ranker.meta, chat_marks(tok)
     log.info("PARS: ranker %s for %s in %s, τ_b %s", cfg.ranker, meta.target_model, ranker.backend, meta.metrics.get("tau_b"))
+    if ranker.backend == "torch" and cfg.backend == "auto":
+        log.warning("PARS: the ranker runs in PyTorch, beside the engine on its cores; `pars export` or `pars distill` make it many times cheaper")
 
     def text(ids: list[int]) -> str:
         return last_user_turn(tok.decode(ids[-128 * meta.max_length :]), *marks)
 
     scores, lengths = (meta.score_quantiles, meta.length_quantiles) if len(meta.score_quantiles) == len(meta.length_quantiles) else ([], [])
-    return ScoreThread(ranker.score, text, max_queue=cfg.max_unscored), Cap(scores, lengths) if cfg.use_max_tokens else Cap(), scores, lengths
+    return ScoreThread(score, text, max_queue=cfg.max_unscored), Cap(scores, lengths) if cfg.use_max_tokens else Cap(), scores, lengths
+
+
+def scoring(ranker: Any, spread: str) -> Callable[[Sequence[str]], np.ndarray]:
+    "The ranker's scores; with `tail` or `gittins` that of the length which such a cost has (see `policy.Spread`). Raises `RankerError`."
+    if spread == "none":
+        return ranker.score  # type: ignore[no-any-return]
+    ranker.spread(["a"])  # raises where it has none
+    factor = (lambda s: tail_factor(round(s, 2), 0.5)) if spread == "tail" else lambda s: gittins_factor(round(s, 2))
+    # the score is the middle of the log length, so a factor on the length is a term of the score
+    return lambda prompts: ranker.score(prompts) + np.log([factor(float(s)) for s in ranker.spread(prompts)])
 
 
 def load(cfg: PARSConfig) -> Any:
@@ -240,5 +253,5 @@ def load(cfg: PARSConfig) -> Any:
     from pars_nb.backends import load_scorer
     from pars_nb.server import RemoteRanker
 
-    name = str(cfg.ranker)
-    return RemoteRanker(name) if name.startswith("http") else load_scorer(name, cfg.backend, cfg.scorer_threads)
+    name, backend = str(cfg.ranker), cfg.backend if cfg.spread == "none" else "torch"
+    return RemoteRanker(name) if name.startswith("http") else load_scorer(name, backend, cfg.scorer_threads)

@@ -69,7 +69,7 @@ class RankTrainer(Trainer):
                                      confidence=self.cfg.confidence, **more)
         return (loss, out) if return_outputs else loss
 
-# %% ../nbs/04_train.ipynb #a6c13344
+# %% ../nbs/04_train.ipynb #e982ac4f
 def label(r: Record, target: str) -> float:
     "The length that a record stands for, in tokens."
     return dict(mean=r.mean, median=float(np.median(r.lengths)), first=float(r.lengths[0]))[target]
@@ -175,7 +175,9 @@ def train(
     check_admissible(parts["train"], cfg.delta)
     set_seed(cfg.seed)
     ranker = new_ranker(parts["train"], cfg)
-    fit(ranker, parts["train"], parts["val"], cfg, out / "checkpoints", resume, quiet)
+    trainer = fit(ranker, parts["train"], parts["val"], cfg, out / "checkpoints", resume, quiet)
+    if not trainer.is_world_process_zero():
+        return ranker  # under torchrun all processes have the same weights, and the first one writes
     held = [*parts["val"], *parts["test"]]
     ranker.meta.score_quantiles = np.quantile(ranker.score([r.prompt for r in held]), QUANTILES).tolist()
     ranker.meta.length_quantiles = np.quantile([r.mean for r in held], QUANTILES).tolist()

@@ -11,9 +11,13 @@ one() { # name, target model, max_tokens, training options
     name=$1 target=$2 cap=$3; shift 3
     test -f "$work/$name/pars.json" ||
         pars train --data "$data/$name.parquet" --target "$target" --encoder "$encoder" --out "$work/$name" "$@"
-    pars bench --data "$data/$name.parquet" --target "$target" --ranker "$work/$name" --out "results/real/$name" \
+    test -d "$work/$name/fast" || pars export --data "$data/$name.parquet" --target "$target" --ranker "$work/$name"
+    measure "$name" "$name"
+}
+measure() { # name, ranker
+    pars bench --data "$data/$name.parquet" --target "$target" --ranker "$work/$2" --out "results/real/$2" \
         --requests 300 --seeds 3 --max-tokens "$cap" --load 0.9
-    rm -f "results/real/$name"/engine-*.log
+    rm -f "results/real/$2"/engine-*.log
 }
 model=$(python - "$data" <<'PY'
 import sys, pandas as pd
@@ -23,4 +27,8 @@ PY
 one castillo_alpaca "$model" 1024 --epochs 4 --batch-size 32 --lr 1e-4
 davinci=$(python -c "import pandas as pd; print(pd.read_parquet('$data/alpaca_davinci003.parquet', columns=['model']).model.iloc[0])")
 one alpaca_davinci003 "$davinci" 1024 --epochs 2 --batch-size 64 --lr 1e-4 --max-prompts 6000
+# answers this short cost the tiny LLM less than a look at the prompt costs an encoder on the same cores: the student's turn
+test -f "$work/alpaca_davinci003_student/pars.json" ||
+    pars distill --data "$data/alpaca_davinci003.parquet" --target "$davinci" --ranker "$work/alpaca_davinci003" --out "$work/alpaca_davinci003_student"
+measure alpaca_davinci003 alpaca_davinci003_student
 python scripts/real_table.py

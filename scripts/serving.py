@@ -36,9 +36,9 @@ def write(name, **facts):
 @app.command()
 def load(ranker: Ranker, data: Data, trace: Path, target: str | None = None, name: str = "", requests: int = 1000, burst: int = 2000,
          seeds: int = 5, rho: list[float] = [0.3, 0.7, 0.9, 1.1], max_tokens: int = 1024, scale: float = 1.0, max_num_seqs: int = 16,  # noqa: B006
-         span: float = 60.0):
-    """Five queues, recorded lengths (times `scale`), a burst and the trace's arrivals stretched to each ρ; interleaved, in an order that
-    rotates. ρ = 1 is the request throughput of the control in the burst (median over seeds)."""
+         span: float = 60.0, student: Path | None = None):
+    """Five queues (six with a student), recorded lengths (times `scale`), a burst and the trace's arrivals stretched to each ρ;
+    interleaved, in an order that rotates. ρ = 1 is the request throughput of the control in the burst (median over seeds)."""
     import pandas as pd
 
     records, facts = unseen(data, target, ranker), load_ranker(ranker)
@@ -46,6 +46,8 @@ def load(ranker: Ranker, data: Data, trace: Path, target: str | None = None, nam
         records = [r.model_copy(update=dict(lengths=tuple(max(1, round(scale * n)) for n in r.lengths))) for r in records]
     at = np.sort(pd.read_parquet(trace).iloc[:, 0].pipe(seconds).to_numpy())
     gaps, queues, settings = np.diff(at), variants(str(ranker), span, priority=True), EngineSettings(max_num_seqs=max_num_seqs)
+    if student:  # the same queue, with the cheap ranker in it
+        queues["PARS (student)"] = variants(str(student), span)["PARS"]
     known = dict(zip((r.prompt for r in records), facts.score([r.prompt for r in records]).tolist(), strict=True))
     name, rows, rates = name or data.stem, [], []
     def scored(w):
