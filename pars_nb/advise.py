@@ -6,7 +6,7 @@
 __all__ = ['SPANS', 'PAGE', 'read_trace', 'scores_with_tau', 'waiting_share', 'figures', 'compare', 'advise', 'verdict', 'plots',
            'to_html']
 
-# %% ../nbs/19_advise.ipynb #8c4c0d00
+# %% ../nbs/19_advise.ipynb #2fbe5091
 import base64
 import html
 import io
@@ -26,7 +26,7 @@ from .data import DataError
 from .policy import FCFS, PARS, SJF, Policy, Scale
 from .simulate import EngineModel, Requests, Simulated, simulate
 
-# %% ../nbs/19_advise.ipynb #1ffccf0d
+# %% ../nbs/19_advise.ipynb #6421cca6
 def read_trace(path: str | Path, limit: int = 100_000) -> Requests:
     "Requests from a .parquet, .csv or .jsonl trace, the first `limit` by arrival. Raises `DataError` naming what is missing."
     path = Path(path)
@@ -45,7 +45,7 @@ def read_trace(path: str | Path, limit: int = 100_000) -> Requests:
     at = df.timestamp_s.to_numpy(float)
     return Requests(at - at[0], df.prompt_tokens.clip(lower=1).to_numpy(np.int64), df.response_tokens.clip(lower=1).to_numpy(np.int64))
 
-# %% ../nbs/19_advise.ipynb #1ab22a16
+# %% ../nbs/19_advise.ipynb #ae3d4783
 def scores_with_tau(lengths: np.ndarray, tau: float, seed: int = 0) -> np.ndarray:  # (n,)
     "Scores that order `lengths` with about this Kendall's τ (by a Gaussian copula; ties are broken by chance)."
     if not -1 <= tau <= 1:
@@ -55,7 +55,7 @@ def scores_with_tau(lengths: np.ndarray, tau: float, seed: int = 0) -> np.ndarra
     rho = math.sin(math.pi * tau / 2)
     return rho * z + math.sqrt(1 - rho * rho) * rng.normal(size=n)
 
-# %% ../nbs/19_advise.ipynb #b2eee722
+# %% ../nbs/19_advise.ipynb #0e548f26
 SPANS = (1.0, 5.0, 15.0, 60.0, 300.0)
 
 
@@ -84,7 +84,7 @@ def compare(r: Requests, e: EngineModel, tau: float, spans: Sequence[float], see
     base = seen[0][1]
     return pd.DataFrame([dict(policy=name, seed=seed) | f | {k + "_ratio": f[k] / base[k] for k in f} for name, f in seen])
 
-# %% ../nbs/19_advise.ipynb #8672fba5
+# %% ../nbs/19_advise.ipynb #ee356446
 def advise(
     requests: Requests,
     engine: EngineModel,
@@ -111,7 +111,7 @@ def advise(
                 p99_queue_s=float(np.percentile(fcfs.start - requests.arrival, 99)), knob=knob, verdict=verdict(share, table, knob),
                 table=json.loads(table.reset_index().to_json(orient="records")))
 
-
+# %% ../nbs/19_advise.ipynb #e829d7b0
 def verdict(share: float, table: pd.DataFrame, knob: float | None) -> str:
     "The answer in a sentence or two."
     if share < 0.03:
@@ -127,7 +127,7 @@ def verdict(share: float, table: pd.DataFrame, knob: float | None) -> str:
     return (f"Somebody waits {100 * share:.0f} % of the time. With max_overtake_s {knob:g} PARS would change the mean NTPOT by {-gain:+.0f} % "
             f"({100 * (lo - 1):+.0f} to {100 * (hi - 1):+.0f} %) and leave p99 E2EL at × {row.p99_e2el_ms_ratio:.2f} of FCFS's.")
 
-# %% ../nbs/19_advise.ipynb #b308b4a1
+# %% ../nbs/19_advise.ipynb #a6991e04
 def plots(report: dict[str, Any]) -> plt.Figure:
     "Mean NTPOT and p99 E2EL against FCFS, by policy."
     df = pd.DataFrame(report["table"])

@@ -57,7 +57,7 @@ def to_onnx_int8(source: Path, path: Path) -> None:
     q.process()
     q.model.save_model_to_file(str(path))
 
-
+# %% ../nbs/14_backends.ipynb #01231094
 def to_openvino(source: Path, path: Path, int8: bool = False) -> None:
     "OpenVINO's own format; with `int8` NNCF makes the weights 8-bit, and the activations follow at run time."
     import openvino
@@ -102,7 +102,7 @@ def openvino_run(path: Path, threads: int) -> Run:
     compiled = openvino.Core().compile_model(path, "CPU", settings)
     return lambda ids, mask: compiled(dict(input_ids=ids, attention_mask=mask))[0]
 
-
+# %% ../nbs/14_backends.ipynb #e3f30537
 def load_backend(folder: str | Path, backend: str, threads: int = 1) -> Ranker:
     "The ranker of `folder` in the named backend. Raises `RankerError` when it was not exported or its runtime is missing."
     folder = Path(folder)

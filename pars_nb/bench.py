@@ -125,7 +125,7 @@ async def play(engine: Any, ids: list[list[int]], w: Workload, tell: str = "") -
         tasks.append(asyncio.create_task(one(i)))
     return list(await asyncio.gather(*tasks))
 
-
+# %% ../nbs/10_bench.ipynb #2012757a
 async def _serve(conn: Any, settings: dict, engine_args: dict) -> None:
     from vllm import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -183,7 +183,7 @@ class Engine(NamedTuple):
         self.conn.send(w.model_dump())
         return [Served(**s) for s in self.get()]
 
-
+# %% ../nbs/10_bench.ipynb #21eb24be
 @contextmanager
 def engine(settings: EngineSettings, engine_args: dict[str, Any], log: str | Path) -> Iterator[Engine]:
     "A vLLM engine in a child process; the first `get()` waits until it is ready."
@@ -313,7 +313,7 @@ def machine() -> dict[str, Any]:
             continue
     return dict(cores=os.cpu_count(), arch=platform.machine(), python=platform.python_version(), **found)
 
-
+# %% ../nbs/10_bench.ipynb #00f99f19
 def ranker_facts(ranker: str | None, runs: Sequence[Run]) -> dict[str, Any] | None:
     "The ranker's own facts, and its τ_b on the prompts that were served against the lengths they were given."
     if ranker is None:

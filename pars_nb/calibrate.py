@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['probes', 'Calibration', 'observations', 'fit', 'calibrate', 'load_engine']
 
-# %% ../nbs/18_calibrate.ipynb #72c4f0a9
+# %% ../nbs/18_calibrate.ipynb #18a91179
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ from .data import DataError
 from .metrics import Served
 from .simulate import EngineModel
 
-# %% ../nbs/18_calibrate.ipynb #4edad4fa
+# %% ../nbs/18_calibrate.ipynb #bde47183
 def probes(
     max_num_seqs: int = 16,  # the engine's
     answer: int = 96,  # tokens of each answer
@@ -39,7 +39,7 @@ def probes(
                 out.append(Workload(name="burst", seed=rep, arrivals=[0.0] * r, prompts=texts, lengths=[answer] * r))
     return out
 
-# %% ../nbs/18_calibrate.ipynb #b0f06fd9
+# %% ../nbs/18_calibrate.ipynb #df8a11a3
 class Calibration(EngineModel, frozen=True):
     "An engine model fitted to a live engine."
     overhead_s: float = 0.0  # what a request spends outside the engine's steps
@@ -77,7 +77,7 @@ def fit(done: Sequence[tuple[Workload, Sequence[Served]]], **limits: Any) -> Cal
     return Calibration(name=limits.pop("name", "fitted"), base_s=max(base, 1e-7), prefill_s=prefill, decode_s=decode, kv_s=kv,
                        overhead_s=overhead, error_median=float(np.median(error)), error_max=float(error.max()), rows=len(y), **limits)
 
-
+# %% ../nbs/18_calibrate.ipynb #fad19a49
 def calibrate(run: Callable[[Workload], Sequence[Served]], max_num_seqs: int, **limits: Any) -> Calibration:
     "Probe a live engine through `run` (`bench.Engine.run`, or anything that plays a workload) and fit."
     todo = probes(max_num_seqs)

@@ -130,7 +130,7 @@ def train(
     show_report(ranker.meta.metrics, f"{len(records)} prompts of {records[0].model}, trained in {time.time() - start:.0f} s")
     console.print(f"next: [bold]pars bench --data {data} --ranker {out} --out runs/bench[/]", soft_wrap=True)
 
-
+# %% ../nbs/11_cli.ipynb #9c81ddbb
 def draw(records: list, n: int | None, seed: int) -> list:
     "`n` of the records at random, or all."
     return records if n is None or n >= len(records) else random.Random(seed).sample(records, n)
@@ -149,7 +149,7 @@ def show_report(metrics: dict[str, float | None], title: str) -> None:
     t.add_row("noise ceiling of τ_b", num("noise_ceiling"))
     console.print(t)
 
-
+# %% ../nbs/11_cli.ipynb #08f67f34
 @app.command("eval")
 @clear_errors
 def evaluate(
@@ -217,7 +217,7 @@ def unseen(data: Path, target: str | None, ranker: Path | None) -> list:
     records = read(data, target)
     return [r for part in split(records, seed=load_backend(ranker, "torch").meta.seed)[1:] for r in part] if ranker else records
 
-
+# %% ../nbs/11_cli.ipynb #0719c555
 def show_bench(result: dict[str, Any], out: Path) -> None:
     "The bench's table, in ratios to the control."
     t = Table("workload", "queue", *(f"{m} {k}" for m, k in COLUMNS), collapse_padding=True, title_justify="left",

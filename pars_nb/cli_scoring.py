@@ -6,6 +6,7 @@
 __all__ = ['Folder', 'export', 'distill', 'score_server', 'calibrate', 'advise']
 
 # %% ../nbs/16_cli_scoring.ipynb #95e8868b
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -58,11 +59,11 @@ def distill(
     [dim]pars distill --ranker runs/ranker --data runs/lengths --out runs/student[/]
     """
     from pars_nb.cli import show_report
+    from pars_nb.backends import load_scorer
     from pars_nb.data import read
-    from pars_nb.ranker import load_ranker
     from pars_nb.student import distill as fit
 
-    teacher = load_ranker(ranker)
+    teacher = load_scorer(ranker, threads=os.cpu_count() or 1)  # an exported graph, where there is one: all prompts are scored
     student = fit(teacher, read(data, target), out)
     show_report(teacher.meta.metrics, "teacher")
     show_report(student.meta.metrics, f"student → {out}")
@@ -93,7 +94,7 @@ def score_server(
     console.print(f"{ranker} for {scorer.meta.target_model} in {scorer.backend} on http://{host}:{port}", soft_wrap=True)
     uvicorn.run(make_app(scorer, max_queue, cache), host=host, port=port, log_level="warning")
 
-# %% ../nbs/16_cli_scoring.ipynb #b741345c
+# %% ../nbs/16_cli_scoring.ipynb #b0311f77
 @app.command()
 @clear_errors
 def calibrate(
@@ -125,7 +126,7 @@ def calibrate(
     console.print(f"the fit is off by {c.error_median:.1%} (median), {c.error_max:.1%} (most)")
     console.print(f"→ {out}; next: [bold]pars advise --engine {out} --trace my-trace.parquet[/]", soft_wrap=True)
 
-# %% ../nbs/16_cli_scoring.ipynb #6ec1a9fc
+# %% ../nbs/16_cli_scoring.ipynb #e0c480f3
 @app.command()
 @clear_errors
 def advise(

@@ -162,7 +162,7 @@ async def collect(
         raise CollectError(f"{ask.base_url} refused all {failed} requests; the first reason is in {journal.folder / 'failed.jsonl'}")
     return Collected(len(todo) - failed, ask.runs * len(prompts) - len(todo), failed, journal.folder)
 
-
+# %% ../nbs/01_collect.ipynb #b2200edb
 async def _all_or_first_error(workers: Sequence[Callable[[], Awaitable[None]]]) -> None:
     tasks = [asyncio.ensure_future(w()) for w in workers]
     try:

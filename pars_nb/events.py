@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['ROUTING', 'World', 'Limits', 'drive']
 
-# %% ../nbs/09_events.ipynb #ec7ed68b
+# %% ../nbs/09_events.ipynb #f7c93bbf
 import heapq
 from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
 
-# %% ../nbs/09_events.ipynb #5452ae05
+# %% ../nbs/09_events.ipynb #ae5afd13
 class World(NamedTuple):
     "All there is, as arrays; i is a request, r a replica."
     arrival: Any; prompt: Any; output: Any; key: Any; prio: Any; due: Any; service: Any  # given, per i  # noqa: E702
@@ -52,7 +52,7 @@ def _merge(w, a, b):
     w.left[last] = rest
     return top
 
-# %% ../nbs/09_events.ipynb #b1a0deb9
+# %% ../nbs/09_events.ipynb #3529224f
 @njit(cache=True)
 def _push(w, q, i):
     "Join the queue (once: who is preempted goes on the stack)."
@@ -75,7 +75,7 @@ def _put_back(w, q, i):
     w.above[i] = w.above[j]
     w.above[j] = i
 
-
+# %% ../nbs/09_events.ipynb #c458cd09
 @njit(cache=True)
 def _peek(w, q, now):
     "The next request of queue q, -1 for none."
@@ -101,7 +101,7 @@ def _take(w, q, i):
     if i == w.stack[q]: w.stack[q] = w.above[i]
     else: w.taken[i] = True
 
-# %% ../nbs/09_events.ipynb #967c0e56
+# %% ../nbs/09_events.ipynb #0a4103ec
 @njit(cache=True)
 def _blocks(e, tokens):
     return -(-tokens // e.size)
@@ -140,7 +140,7 @@ def _feed_running(w, e, r, q):
         j += 1
     return budget, lost
 
-
+# %% ../nbs/09_events.ipynb #5bf53a77
 @njit(cache=True)
 def _admit(w, e, r, q, budget):
     "Whoever is next comes in while there is room."
@@ -159,7 +159,7 @@ def _admit(w, e, r, q, budget):
         w.chunk[i] = need
         budget -= need
 
-# %% ../nbs/09_events.ipynb #7fff74de
+# %% ../nbs/09_events.ipynb #8de8b16d
 @njit(cache=True)
 def _fits(w, e, r, k):
     need = 0
@@ -174,7 +174,7 @@ def _duration(w, e, r, k):
     "T(k): seconds of k steps of decoding."
     return k * w.per_step[r] + e.b3 * (k * w.context[r] + w.nrun[r] * k * (k - 1) / 2)
 
-
+# %% ../nbs/09_events.ipynb #9c099d7c
 @njit(cache=True)
 def _plan(w, e, r, q):
     "What the replica does next, and until when."
@@ -202,7 +202,7 @@ def _plan(w, e, r, q):
     w.end[r] = w.clock[r] + _duration(w, e, r, k)
     w.version[r] += 1
 
-# %% ../nbs/09_events.ipynb #01bd5c21
+# %% ../nbs/09_events.ipynb #51bb56d9
 @njit(cache=True)
 def _carry_out(w, e, r):
     "The plan's end: tokens are there, and who is done leaves."
@@ -236,7 +236,7 @@ def _carry_out(w, e, r):
     w.count[1] = max(w.count[1], e.blocks - w.free[r])
     w.nrun[r] = stay
 
-
+# %% ../nbs/09_events.ipynb #6f21f901
 @njit(cache=True)
 def _cut(w, e, r, now):
     "Somebody arrived and there is a slot: end the plan at the first step boundary at or after `now`. True when it changed."
@@ -250,7 +250,7 @@ def _cut(w, e, r, now):
     w.version[r] += 1
     return True
 
-# %% ../nbs/09_events.ipynb #0828d31e
+# %% ../nbs/09_events.ipynb #1fdfde5d
 ROUTING = dict(round_robin=0, least_outstanding=1, predicted_work=2, shared=3)
 
 
@@ -275,7 +275,7 @@ def _settle(w, e, events, until, shared):
         if w.nrun[r] == 0: w.k[r] = -1  # nothing fits now
         else: heapq.heappush(events, (w.end[r], r, w.version[r]))
 
-
+# %% ../nbs/09_events.ipynb #fd38eb37
 @njit(cache=True)
 def drive(w, e, replicas, routing):
     events = [(0.0, np.int64(0), np.int64(-1))]

@@ -37,7 +37,7 @@ def order_matrix(
         m &= log_n[:, None] - log_n[None, :] >= NormalDist().inv_cdf(confidence) * np.hypot(e[:, None], e[None, :])
     return m if censored is None else m & ~np.asarray(censored, dtype=bool)[None, :]
 
-# %% ../nbs/02_pairs.ipynb #75b8da62
+# %% ../nbs/02_pairs.ipynb #72fd5022
 TYPICAL_SIGMA = 0.3  # of the log-length of one prompt's runs, where a data set has none to measure it on
 
 

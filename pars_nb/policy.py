@@ -44,7 +44,7 @@ class FCFS:
     def key(self, t: Ticket) -> float:
         return t.arrival
 
-# %% ../nbs/07_policy.ipynb #afc3493b
+# %% ../nbs/07_policy.ipynb #7a9fc9d0
 Cost = Callable[[Ticket], float | None]  # None: nothing is known of it
 
 
@@ -74,7 +74,7 @@ class Tokens:
     def __call__(self, t: Ticket) -> float | None:
         return None if by_score(t) is None else self.answer(t.score) + self.prefill_token * t.prefill  # type: ignore[arg-type]
 
-# %% ../nbs/07_policy.ipynb #9b95fc89
+# %% ../nbs/07_policy.ipynb #d6509cc0
 _N = NormalDist()
 
 
@@ -109,7 +109,7 @@ class Spread:
         s = round(t.spread, 2)
         return c * (tail_factor(s, self.beta) if self.kind == "tail" else gittins_factor(s))
 
-# %% ../nbs/07_policy.ipynb #dd264fbe
+# %% ../nbs/07_policy.ipynb #8cdb94fb
 @dataclass(frozen=True)
 class SJF:
     "Lowest cost first, without a bound; with true lengths as scores, the oracle. What has no cost goes first."
@@ -150,7 +150,7 @@ class Scale:
             return (lo - 1 + (cost - s[lo - 1]) / (s[lo] - s[lo - 1])) / (len(s) - 1)
         return min(1.0, max(0.0, (lo + hi - 1) / 2 / (len(s) - 1)))
 
-
+# %% ../nbs/07_policy.ipynb #a77aee8a
 @dataclass(frozen=True)
 class PARS:
     "arrival + slack(cost): predicted-short first, nobody passed by one who came more than `max_overtake_s` later."
@@ -166,7 +166,7 @@ class PARS:
         c = self.cost(t)
         return t.arrival if c is None else t.arrival + self.max_overtake_s * (self.scale(c) - 0.5)
 
-# %% ../nbs/07_policy.ipynb #b233c406
+# %% ../nbs/07_policy.ipynb #d9c09055
 @dataclass(frozen=True)
 class Threshold:
     "Lowest cost first, but who has waited `wait_s` goes before all who have not (PARS: starvation prevention)."
@@ -227,7 +227,7 @@ class _Waiting(Generic[T_]):
 
     def __contains__(self, item: object) -> bool: return item in self.waiting
 
-# %% ../nbs/07_policy.ipynb #ed2da55e
+# %% ../nbs/07_policy.ipynb #1707f7c4
 class _Ordered(_Waiting[T_]):
     "Who is next."
 
@@ -262,7 +262,7 @@ class _Ordered(_Waiting[T_]):
         t = self.tickets[item]
         return (t.priority, t.front, -self.policy.ratio(t, self.now), t.arrival, t.seq)
 
-# %% ../nbs/07_policy.ipynb #f9f720db
+# %% ../nbs/07_policy.ipynb #1640df55
 class PolicyQueue(_Ordered[T_]):
     "A waiting queue in a policy's order: (priority, front, not due, key, arrival, seq). O(log n) for everything but iteration."
 

@@ -45,7 +45,7 @@ def logistic_loss(scores: torch.Tensor, lengths: torch.Tensor, censored: torch.T
     lead = (scores[:, None] - scores[None, :])[pair_mask(lengths, censored, delta, **more)]
     return F.softplus(-lead).mean() if lead.numel() else scores.sum() * 0
 
-# %% ../nbs/03_ranker.ipynb #6f7e6f54
+# %% ../nbs/03_ranker.ipynb #e050b64e
 def win_loss(scores: torch.Tensor, lengths: torch.Tensor, censored: torch.Tensor, delta: float = 0.2, margin: float = 1.0,
              runs: torch.Tensor | None = None, group: torch.Tensor | None = None, **_: Any) -> torch.Tensor:
     "Cross-entropy of σ(sᵢ − sⱼ) against the share of run pairs in which i is longer. `runs`: (n, r) lengths, NaN where there is none."
@@ -72,7 +72,7 @@ def listmle_loss(scores: torch.Tensor, lengths: torch.Tensor, censored: torch.Te
     s = scores[lengths.argsort(descending=True, stable=True)].float()
     return (s.flip(0).logcumsumexp(0).flip(0) - s).mean()
 
-# %% ../nbs/03_ranker.ipynb #1079dbbc
+# %% ../nbs/03_ranker.ipynb #6e14f9ae
 def bucket_loss(logits: torch.Tensor, lengths: torch.Tensor, censored: torch.Tensor, delta: float = 0.2, margin: float = 1.0,
                 edges: torch.Tensor | None = None, **_: Any) -> torch.Tensor:
     "Cross-entropy of (n, k) logits over the k buckets between `edges` (k − 1 ascending lengths). Censored lengths count as they are."
@@ -190,7 +190,7 @@ def in_batches(
         out[rows] = run(batch, mask)
     return out
 
-
+# %% ../nbs/03_ranker.ipynb #5ed2408e
 @dataclass
 class Ranker:
     "A model, its tokenizer and what is known about them."
@@ -240,7 +240,7 @@ class Ranker:
         (Path(folder) / "README.md").write_text(model_card(self.meta))
         return Path(folder)
 
-# %% ../nbs/03_ranker.ipynb #16403026
+# %% ../nbs/03_ranker.ipynb #7fd2b337
 CARD = """---
 library_name: pars_nb
 tags: [pars, vllm, llm-scheduling, learning-to-rank]

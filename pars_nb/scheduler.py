@@ -154,7 +154,7 @@ class _Queue(AsyncScheduler):
     def _update_request_with_output(self, *args: Any, **kw: Any) -> Any:
         return (AsyncScheduler if self.is_async else Scheduler)._update_request_with_output(self, *args, **kw)
 
-# %% ../nbs/08_scheduler.ipynb #97f3513a
+# %% ../nbs/08_scheduler.ipynb #3273b094
 class PARSScheduler(_Queue):
     "vLLM's `AsyncScheduler` that serves predicted-short requests first (arXiv 2510.03243), and FCFS where it knows nothing."
 
@@ -247,7 +247,7 @@ def scoring(ranker: Any, spread: str) -> Callable[[Sequence[str]], np.ndarray]:
     # the score is the middle of the log length, so a factor on the length is a term of the score
     return lambda prompts: ranker.score(prompts) + np.log([factor(float(s)) for s in ranker.spread(prompts)])
 
-
+# %% ../nbs/08_scheduler.ipynb #9f14ca38
 def load(cfg: PARSConfig) -> Any:
     "The ranker that the settings name: a folder's, or a score server's. Raises `RankerError`."
     from pars_nb.backends import load_scorer

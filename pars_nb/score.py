@@ -20,7 +20,7 @@ from cachetools import LRUCache
 # %% ../nbs/06_score.ipynb #929fef5b
 log = logging.getLogger("vllm.pars_nb")  # below vLLM's logger, so that it shows where vLLM's own lines do
 
-
+# %% ../nbs/06_score.ipynb #13c2a709
 class ScoreThread:
     "Scores prompts in the background. `submit` and `drain` never block and never raise."
 

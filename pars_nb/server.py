@@ -128,7 +128,7 @@ def make_app(ranker: Any, max_queue: int = 1000, cache: int = 4096) -> Any:  # a
 
     return app
 
-# %% ../nbs/15_server.ipynb #b5444946
+# %% ../nbs/15_server.ipynb #2362a2a6
 class RemoteRanker:
     "A ranker behind `pars score-server`. Raises `RankerError` when there is none at `url`."
     backend = "remote"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EngineModel', 'Requests', 'check', 'Simulated', 'policy_arrays', 'simulate', 'capacity']
 
-# %% ../nbs/09_simulate.ipynb #b8659d48
+# %% ../nbs/09_simulate.ipynb #a9461601
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +17,7 @@ from .events import ROUTING, Limits, World, drive
 from .metrics import Served
 from .policy import FCFS, Policy, Ticket
 
-# %% ../nbs/09_simulate.ipynb #373ec4f0
+# %% ../nbs/09_simulate.ipynb #b13c0c5b
 class EngineModel(BaseModel, frozen=True, extra="forbid"):
     "An engine's limits and the time of its steps, in seconds. The defaults are nobody's engine."
     name: str = "made up"
@@ -57,7 +57,7 @@ def check(r: Requests, e: EngineModel) -> None:
     if (big := np.flatnonzero(-(-(r.prompt + r.output) // e.block_size) > e.blocks)).size:
         raise DataError(f"request {big[0]}: {r.prompt[big[0]] + r.output[big[0]]} tokens do not fit into {e.blocks} blocks of {e.block_size}")
 
-# %% ../nbs/09_simulate.ipynb #d32847a3
+# %% ../nbs/09_simulate.ipynb #e9cf662f
 class Simulated(NamedTuple):
     "What came out: arrays of shape (n,), in order of arrival, and counts."
     requests: Requests
@@ -96,7 +96,7 @@ def policy_arrays(r: Requests, policy: Policy) -> tuple[np.ndarray, np.ndarray, 
         return pairs[:, 0].copy(), pairs[:, 1].copy(), np.array(none)
     return np.array([policy.key(t) for t in tickets]), np.array(none), np.array(none)
 
-# %% ../nbs/09_simulate.ipynb #a482b805
+# %% ../nbs/09_simulate.ipynb #8630123b
 def simulate(
     requests: Requests,  # in order of arrival
     engine: EngineModel | None = None,

@@ -113,7 +113,7 @@ def _finish(s: Student, held: Sequence[Record], test: Sequence[Record], out: str
     s.save(out)
     return s
 
-
+# %% ../nbs/13_student.ipynb #7f0a72f0
 def _idf(rows: Sequence[np.ndarray]) -> np.ndarray:
     "Smoothed inverse document frequency; 0 for what stands in one prompt only."
     seen = np.bincount(np.concatenate([np.unique(f) for f in rows]), minlength=SLOTS)

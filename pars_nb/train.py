@@ -69,7 +69,7 @@ class RankTrainer(Trainer):
                                      confidence=self.cfg.confidence, **more)
         return (loss, out) if return_outputs else loss
 
-# %% ../nbs/04_train.ipynb #e982ac4f
+# %% ../nbs/04_train.ipynb #3a942d65
 def label(r: Record, target: str) -> float:
     "The length that a record stands for, in tokens."
     return dict(mean=r.mean, median=float(np.median(r.lengths)), first=float(r.lengths[0]))[target]

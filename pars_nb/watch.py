@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SECONDS', 'Trust', 'families', 'Meters']
 
-# %% ../nbs/17_watch.ipynb #eed9d734
+# %% ../nbs/17_watch.ipynb #84cdf1c0
 import logging
 import math
 import time
@@ -17,7 +17,7 @@ import numpy as np
 
 from .metrics import tau_b
 
-# %% ../nbs/17_watch.ipynb #06ed9cb8
+# %% ../nbs/17_watch.ipynb #7a9cc961
 class Trust:
     "How far to follow the scores, in quarters from 0 (FCFS) to 1, by the rolling τ_b of score and real length."
 
@@ -40,7 +40,7 @@ class Trust:
             self.value = min(4, max(0, math.floor(8 * (self.tau / self.floor - 0.5)))) / 4
         return self.value != before
 
-# %% ../nbs/17_watch.ipynb #243a9962
+# %% ../nbs/17_watch.ipynb #52eab143
 SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
 
 
@@ -62,7 +62,7 @@ def families() -> dict[str, Any]:
                                      ["engine", "quartile"], buckets=SECONDS)
     return out
 
-# %% ../nbs/17_watch.ipynb #28533a11
+# %% ../nbs/17_watch.ipynb #fb4bb2a7
 class Meters:
     "One engine's metrics, and the line it logs once a minute."
 

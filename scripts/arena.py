@@ -18,13 +18,13 @@ import pandas as pd
 import typer
 
 from pars_nb.advise import scores_with_tau
+from pars_nb.backends import load_backend
 from pars_nb.bench import EngineSettings, engine, machine, make_workload, variants
 from pars_nb.calibrate import calibrate, load_engine
 from pars_nb.cli import unseen
 from pars_nb.data import read
 from pars_nb.metrics import summarise
 from pars_nb.policy import FCFS, HRRN, PARS, SJF, Cost, Scale, Spread, Threshold, Ticket, Tokens, by_score
-from pars_nb.ranker import load_ranker
 from pars_nb.simulate import Requests, capacity, simulate
 
 app = typer.Typer(add_completion=False)
@@ -167,10 +167,11 @@ def fleet(trace: Trace, engine: Engine, replicas: int = 1000, n: int = 10**7, lo
 
 
 @app.command()
-def calibration(ranker: Path, data: Data, trace: Trace, out: Path = OUT / "engine_cpu.json", target: str | None = None, requests: int = 600,
-                seeds: int = 3, rho: list[float] = [0.5, 0.8, 1.0], max_num_seqs: int = 16, max_tokens: int = 1024):  # noqa: B006
+def calibration(ranker: Annotated[Path, typer.Option()], data: Data, trace: Trace, out: Path = OUT / "engine_cpu.json",
+                target: str | None = None, requests: int = 600, seeds: int = 3,
+                rho: list[float] = [0.5, 0.8, 1.0], max_num_seqs: int = 16, max_tokens: int = 1024):  # noqa: B006
     "Probe the real engine, then play the same requests in both: simulated over real, for three orders at three loads."
-    records, rk = unseen(data, target, ranker), load_ranker(ranker)
+    records, rk = unseen(data, target, ranker), load_backend(ranker, "torch")
     gaps = np.diff(np.sort(pd.read_parquet(trace).timestamp_s.to_numpy()))
     settings, rows = EngineSettings(max_num_seqs=max_num_seqs), []
     OUT.mkdir(parents=True, exist_ok=True)

@@ -29,6 +29,7 @@ from pars_nb.student import load_student
 
 app = typer.Typer(add_completion=False)
 Ranker = Annotated[Path, typer.Option(help="folder of the ranker, exported with `pars export`")]
+Student = Annotated[Path, typer.Option(help="folder that `pars distill` wrote")]
 Data = Annotated[Path, typer.Option(help="recorded lengths")]
 OUT = Path(__file__).resolve().parent.parent / "results/scoring"
 
@@ -130,7 +131,7 @@ def backend_rows(r, prompts, seconds, **facts):
 
 
 @app.command()
-def speed(ranker: Ranker, student: Path, data: Data, seconds: float = 2.0):
+def speed(ranker: Ranker, student: Student, data: Data, seconds: float = 2.0):
     "Each backend by length, batch and threads; and side by side with the release's recipe."
     prompts, rows, facts = [r.prompt for r in draw(unseen(data, None, ranker), 2000, 0)], [], []
     for threads in (1, 2):
@@ -184,7 +185,7 @@ def quantization(ranker: Ranker):
 
 
 @app.command("engine")
-def engine_cost(ranker: Ranker, student: Path, data: Data, target: str | None = None, requests: int = 300, seeds: int = 5, max_tokens: int = 1024):
+def engine_cost(ranker: Ranker, student: Student, data: Data, target: str | None = None, requests: int = 300, seeds: int = 5, max_tokens: int = 1024):
     "Token throughput with and without scoring, in FCFS order either way (max_overtake_s 0), at ρ = 0.9 and in a burst."
     records, settings = unseen(data, target, ranker), EngineSettings()
     def queue(**pars):
@@ -218,7 +219,7 @@ def engine_cost(ranker: Ranker, student: Path, data: Data, target: str | None = 
 
 
 @app.command("student")
-def student_quality(ranker: Ranker, student: Path, data: Data, target: str | None = None):
+def student_quality(ranker: Ranker, student: Student, data: Data, target: str | None = None):
     "τ_b of teacher, student and a TF-IDF ridge on lengths, on the same held-out prompts; microseconds of the student."
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import Ridge
@@ -242,7 +243,8 @@ def student_quality(ranker: Ranker, student: Path, data: Data, target: str | Non
 
 
 @app.command("long")
-def long_prompts(encoder: Path, data: Path, target: str = "Llama-3.1-8B-Instruct", folds: int = 5):
+def long_prompts(encoder: Annotated[Path, typer.Option()], data: Annotated[Path, typer.Option()], target: str = "Llama-3.1-8B-Instruct",
+                 folds: int = 5):
     """Which part of a long prompt to read: τ_b on prompts over 512 tokens, by a ridge on the frozen encoder's mean embedding
     (out of fold, so that every prompt is tested; a fine-tuned encoder per part and fold would take hours here)."""
     from sklearn.linear_model import Ridge
@@ -279,7 +281,8 @@ def long_prompts(encoder: Path, data: Path, target: str = "Llama-3.1-8B-Instruct
 @torch.inference_mode()
 def embed(model, ids):
     "The mean of the last layer's vectors."
-    return model(input_ids=torch.tensor([ids])).last_hidden_state[0].mean(0).numpy()
+    with torch.autocast("cpu", torch.bfloat16):
+        return model(input_ids=torch.tensor([ids])).last_hidden_state[0].float().mean(0).numpy()
 
 
 @app.command("cap")

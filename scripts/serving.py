@@ -24,6 +24,7 @@ app = typer.Typer(add_completion=False)
 OUT = Path(__file__).resolve().parent.parent / "results/serving"
 Ranker = Annotated[Path, typer.Option(help="folder of the ranker")]
 Data = Annotated[Path, typer.Option(help="recorded lengths")]
+Trace = Annotated[Path, typer.Option(help="recorded arrivals: its first column")]
 
 
 def write(name, **facts):
@@ -34,7 +35,7 @@ def write(name, **facts):
 
 
 @app.command()
-def load(ranker: Ranker, data: Data, trace: Path, target: str | None = None, name: str = "", requests: int = 1000, burst: int = 2000,
+def load(ranker: Ranker, data: Data, trace: Trace, target: str | None = None, name: str = "", requests: int = 1000, burst: int = 2000,
          seeds: int = 5, rho: list[float] = [0.3, 0.7, 0.9, 1.1], max_tokens: int = 1024, scale: float = 1.0, max_num_seqs: int = 16,  # noqa: B006
          span: float = 60.0, student: Path | None = None):
     """Five queues (six with a student), recorded lengths (times `scale`), a burst and the trace's arrivals stretched to each ρ;
@@ -82,7 +83,7 @@ def load(ranker: Ranker, data: Data, trace: Path, target: str | None = None, nam
 
 
 @app.command()
-def harm(data: Data, trace: Path, target: str | None = None, requests: int = 1500, seeds: int = 5, rho: float = 1.0, max_tokens: int = 1024,
+def harm(data: Data, trace: Trace, target: str | None = None, requests: int = 1500, seeds: int = 5, rho: float = 1.0, max_tokens: int = 1024,
          max_num_seqs: int = 16):
     """Useless and reversed scores, which the clients send: E2EL against FCFS of those who arrive in the second half, when the guard has
     had its requests to judge by; and the same without a guard."""
