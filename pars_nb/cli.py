@@ -107,6 +107,7 @@ def train(
     batch_size: Annotated[int, typer.Option(help="Prompts a batch; all their pairs count.")] = 64,
     lr: Annotated[float | None, typer.Option(help="Learning rate; by default 5e-5, and 1e-3 for `tiny`.")] = None,
     max_length: Annotated[int, typer.Option(help="Tokens of a prompt that are read.")] = 128,
+    end_tokens: Annotated[int, typer.Option(help="So many of them from a long prompt's end; try 32 or 64 where the question comes last.")] = 1,
     max_prompts: Annotated[int | None, typer.Option(help="Use only so many prompts (a random draw).")] = None,
     bf16: bool = False,
     revision: Annotated[str | None, typer.Option(help="Hub commit of the encoder, to pin it.")] = None,
@@ -124,7 +125,7 @@ def train(
 
     records = draw(read(data, target), max_prompts, seed)
     cfg = TrainConfig(encoder=encoder, init=str(init) if init else None, loss=loss, delta=delta, epochs=epochs, batch_size=batch_size, lr=lr,
-                      max_length=max_length, bf16=bf16, revision=revision, seed=seed)
+                      max_length=max_length, end_tokens=end_tokens, bf16=bf16, revision=revision, seed=seed)
     start = time.time()
     ranker = fit(records, out, cfg, resume)
     show_report(ranker.meta.metrics, f"{len(records)} prompts of {records[0].model}, trained in {time.time() - start:.0f} s")
