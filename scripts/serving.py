@@ -1,7 +1,7 @@
 """What the order brings in a real engine, and what the scheduler costs: the measurements behind nbs/22_serving.ipynb. Each command
 writes one JSON into results/serving.
 
-    python scripts/serving.py load --ranker runs/real/alpaca_davinci003 --data ../shared/data/alpaca_davinci003.parquet \\
+    python scripts/serving.py load --ranker runs/real/alpaca_davinci003_student --data ../shared/data/alpaca_davinci003.parquet \\
         --trace ../shared/data/trace_azure2023_conv.parquet
 """
 import json
@@ -15,10 +15,10 @@ from typing import Annotated
 import numpy as np
 import typer
 
+from pars_nb.backends import load_backend
 from pars_nb.bench import CONTROL, EngineSettings, engine, machine, make_workload, table, variants
 from pars_nb.cli import quiet_transformers, unseen
 from pars_nb.metrics import summarise, tau_b
-from pars_nb.ranker import load_ranker
 
 app = typer.Typer(add_completion=False)
 OUT = Path(__file__).resolve().parent.parent / "results/serving"
@@ -42,7 +42,7 @@ def load(ranker: Ranker, data: Data, trace: Trace, target: str | None = None, na
     interleaved, in an order that rotates. ρ = 1 is the request throughput of the control in the burst (median over seeds)."""
     import pandas as pd
 
-    records, facts = unseen(data, target, ranker), load_ranker(ranker)
+    records, facts = unseen(data, target, ranker), load_backend(ranker, "torch")
     if scale != 1.0:
         records = [r.model_copy(update=dict(lengths=tuple(max(1, round(scale * n)) for n in r.lengths))) for r in records]
     at = np.sort(pd.read_parquet(trace).iloc[:, 0].pipe(seconds).to_numpy())
