@@ -84,9 +84,9 @@ class EngineSettings(BaseModel, extra="forbid"):
     seed: int = 0
 
 
-def variants(ranker: str | None, max_overtake_s: float = 60.0, priority: bool = False) -> dict[str, dict[str, Any]]:
-    """Engine arguments of each queue: stock FCFS, FCFS in our class (the control), PARS (where there is a ranker), Oracle SJF; and
-    with `priority` vLLM's own priority policy, told each workload's `scores`."""
+def variants(ranker: str | None, priority: bool = False, **pars: Any) -> dict[str, dict[str, Any]]:
+    """Engine arguments of each queue: stock FCFS, FCFS in our class (the control), PARS with the settings `pars` (where there is a
+    ranker), Oracle SJF; and with `priority` vLLM's own priority policy, told each workload's `scores`."""
     def ours(**pars: Any) -> dict[str, Any]:
         return dict(scheduler_cls="pars_nb.scheduler.PARSScheduler", additional_config=dict(pars=pars))
 
@@ -94,7 +94,7 @@ def variants(ranker: str | None, max_overtake_s: float = 60.0, priority: bool = 
     if priority:
         out["priority (stock), offline scores"] = dict(scheduling_policy="priority")
     if ranker:
-        out["PARS"] = ours(ranker=str(ranker), max_overtake_s=max_overtake_s)
+        out["PARS"] = ours(ranker=str(ranker), **pars)
     return out | {"Oracle SJF": ours(policy="sjf", client_scores=True)}
 
 # %% ../nbs/10_bench.ipynb #6b8f878c
@@ -218,6 +218,7 @@ class BenchSettings(BaseModel, extra="forbid"):
     burst: bool = True
     max_tokens: int = Field(2048, ge=1)
     max_overtake_s: float = 60.0
+    express_share: float = 0.1
 
 
 def run_bench(
@@ -231,7 +232,7 @@ def run_bench(
     "Run every workload through every queue, and write and return the result. Raises RuntimeError when an engine dies."
     bench, settings, out = bench or BenchSettings(), settings or EngineSettings(), Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    queues = variants(ranker, bench.max_overtake_s)
+    queues = variants(ranker, max_overtake_s=bench.max_overtake_s, express_share=bench.express_share)
     say = (lambda s: print(s, flush=True)) if progress else (lambda s: None)
     with ExitStack() as stack:
         say(f"starting {len(queues)} engines …")
@@ -322,7 +323,7 @@ def ranker_facts(ranker: str | None, runs: Sequence[Run]) -> dict[str, Any] | No
 
     r = load_backend(ranker, "torch")
     seen = {p: n for run in runs for p, n in zip(run.workload.prompts, run.workload.lengths, strict=True)}
-    facts = r.meta.model_dump(exclude={"score_quantiles", "length_quantiles"})
+    facts = r.meta.model_dump(exclude={"score_quantiles", "length_quantiles", "work_shares"})
     return facts | dict(tau_b_served=tau_b(r.score(list(seen)), np.array(list(seen.values()))), prompts_served=len(seen))
 
 # %% ../nbs/10_bench.ipynb #9d6c3868

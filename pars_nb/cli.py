@@ -194,6 +194,7 @@ def bench(
     max_num_seqs: int = 16,
     max_tokens: Annotated[int, typer.Option(help="Cut longer recorded lengths to this.")] = 2048,
     max_overtake_s: Annotated[float, typer.Option(help="PARS' bound: nobody is passed by one who came later than this.")] = 60.0,
+    express_share: Annotated[float, typer.Option(help="PARS' lane: how much of the work may go ahead, shortest first; 1: all of it.")] = 0.1,
 ) -> None:
     """FCFS (stock and in our class), PARS and Oracle SJF in a real vLLM engine: same requests, times and lengths.
 
@@ -206,7 +207,7 @@ def bench(
     settings = EngineSettings(max_num_seqs=max_num_seqs, **({"model": model} if model else {}))
     result = run_bench(unseen(data, target, ranker), str(ranker) if ranker else None, out,
                        BenchSettings(requests=requests, seeds=list(range(seeds)), loads=list(load), max_tokens=max_tokens,
-                                     max_overtake_s=max_overtake_s), settings)
+                                     max_overtake_s=max_overtake_s, express_share=express_share), settings)
     show_bench(result, out)
 
 
@@ -241,7 +242,8 @@ def serve(
     ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="What `vllm serve` takes: a hub name or a folder.")],
     ranker: Annotated[Path | None, typer.Option(help="Folder that `pars train` wrote.")] = None,
-    max_overtake_s: float = 60.0,
+    max_overtake_s: Annotated[float, typer.Option(help="Nobody is passed by one who came later than this.")] = 60.0,
+    express_share: Annotated[float, typer.Option(help="How much of the work may go ahead, shortest first; 1: all of it.")] = 0.1,
     dry_run: Annotated[bool, typer.Option(help="Only print the command.")] = False,
 ) -> None:
     """vLLM's own OpenAI server with the ranker in it; all other flags go to vLLM.
@@ -253,7 +255,7 @@ def serve(
     from pars_nb.backends import load_backend
     from pars_nb.tiny import engine_env
 
-    pars: dict[str, Any] = dict(max_overtake_s=max_overtake_s)
+    pars: dict[str, Any] = dict(max_overtake_s=max_overtake_s, express_share=express_share)
     if ranker:
         load_backend(ranker, "torch")  # a clear error here beats a fallback there
         pars["ranker"] = str(ranker.resolve())

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['Cost', 'T_', 'Order', 'Ticket', 'Policy', 'FCFS', 'by_score', 'Tokens', 'tail_factor', 'gittins_factor', 'Spread',
-           'SJF', 'Scale', 'PARS', 'Threshold', 'HRRN', 'PolicyQueue']
+           'SJF', 'Scale', 'PARS', 'express_quantile', 'Express', 'Threshold', 'HRRN', 'PolicyQueue']
 
 # %% ../nbs/07_policy.ipynb #4050f20f
 import heapq
 import math
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import count
@@ -153,18 +153,61 @@ class Scale:
 # %% ../nbs/07_policy.ipynb #a77aee8a
 @dataclass(frozen=True)
 class PARS:
-    "arrival + slack(cost): predicted-short first, nobody passed by one who came more than `max_overtake_s` later."
+    "arrival − head start(cost): predicted-short first, nobody passed by one who came more than `max_overtake_s` later."
     scale: Scale = field(default_factory=Scale)
     max_overtake_s: float = 60.0
     cost: Cost = by_score
+    express: float = 1.0  # only costs below this quantile have a head start; 1: all but the longest
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_overtake_s < math.inf:
             raise ValueError(f"max_overtake_s must be a finite number of seconds ≥ 0, not {self.max_overtake_s}")
+        if not 0 <= self.express <= 1:
+            raise ValueError(f"express is a quantile, 0 to 1, not {self.express}")
 
     def key(self, t: Ticket) -> float:
         c = self.cost(t)
-        return t.arrival if c is None else t.arrival + self.max_overtake_s * (self.scale(c) - 0.5)
+        if c is None or (q := self.scale(c)) >= self.express:
+            return t.arrival
+        return t.arrival - self.max_overtake_s * (1 - q / self.express)
+
+# %% ../nbs/07_policy.ipynb #9d1d219d
+def express_quantile(done: Iterable[tuple[float, float]], share: float) -> float:  # (cost, work) of each
+    "The quantile of cost below which `share` of the work lies; 1 for a share of 1, and when nothing is known."
+    rows = sorted(done, key=lambda r: r[0])
+    allowed, held = share * sum(w for _, w in rows), 0.0
+    for i, (_, work) in enumerate(rows):
+        held += work
+        if held > allowed and share < 1:
+            return i / len(rows)
+    return 1.0
+
+
+class Express:
+    "How far the lane for the predicted-shortest reaches: by a checkpoint's table at first, then by what has finished."
+
+    def __init__(
+        self,
+        share: float = 0.1,  # of the work that may go ahead; 1: every request by its cost
+        work_shares: Sequence[float] = (),  # share of the work below equally spaced quantiles of the score (of a checkpoint)
+        window: int = 1000,  # finished requests to look at
+        every: int = 64,  # and how many new ones before another look
+    ) -> None:
+        self.share, self.every, self.new = share, every, 0
+        self.done: deque[tuple[float, float]] = deque(maxlen=window)
+        self.quantile = 1.0 if share >= 1 else share if len(work_shares) < 2 else bisect_right(work_shares, share) / len(work_shares)
+
+    def seen(self, cost: float | None, work: float) -> bool:  # has the lane's end moved?
+        "A request has finished: what it was thought to cost, and what it did, in tokens."
+        if cost is None or not math.isfinite(cost) or self.share >= 1:
+            return False
+        self.done.append((cost, work))
+        self.new += 1
+        if self.new < self.every or len(self.done) < 2 * self.every:
+            return False
+        self.new, before = 0, self.quantile
+        self.quantile = express_quantile(self.done, self.share)
+        return self.quantile != before
 
 # %% ../nbs/07_policy.ipynb #d9c09055
 @dataclass(frozen=True)

@@ -169,8 +169,15 @@ class RankerMeta(BaseModel):
     seed: int = 0
     score_quantiles: list[float] = []  # scores of held-out prompts at equally spaced quantiles, ascending
     length_quantiles: list[float] = []  # their lengths in tokens, likewise
+    work_shares: list[float] = []  # share of all their tokens in the prompts scored below each of those quantiles
     metrics: dict[str, float | None] = {}  # on test prompts: `metrics.ranking_report`
     pars_nb: str = ""  # version that wrote it
+
+    def measure(self, scores: np.ndarray, lengths: np.ndarray) -> None:
+        "Set the tables from held-out prompts: their scores and lengths, (n,)."
+        at, held = np.linspace(0, 1, 201), np.asarray(lengths, float)[np.argsort(scores, kind="stable")]
+        self.score_quantiles, self.length_quantiles = np.quantile(scores, at).tolist(), np.quantile(held, at).tolist()
+        self.work_shares = np.interp(at, np.linspace(0, 1, len(held) + 1), np.r_[0.0, held.cumsum() / held.sum()]).tolist()
 
 
 def in_batches(

@@ -11,13 +11,13 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 
-from .policy import FCFS, HRRN, PARS, SJF, Cost, Policy, PolicyQueue, Scale, Threshold, Tokens, by_score, gittins_factor, tail_factor
+from .policy import FCFS, HRRN, PARS, SJF, Cost, Express, Policy, PolicyQueue, Scale, Threshold, Ticket, Tokens, by_score, gittins_factor, tail_factor
+from .ranker import RankerMeta
 from .score import Cap, ScoreThread, chat_marks, last_user_turn
 from .watch import Meters, Trust
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -33,7 +33,8 @@ class PARSConfig(BaseModel, extra="forbid"):
     "What `--additional-config '{\"pars\": {…}}'` may hold."
     ranker: str | None = None  # a folder that `pars train` wrote, or the URL of a `pars score-server`; None: no scores, hence FCFS
     policy: Literal["pars", "fcfs", "sjf", "threshold", "hrrn"] = "pars"
-    max_overtake_s: float = Field(60.0, ge=0, allow_inf_nan=False)  # pars, threshold: the bound; 0: FCFS; large: SJF
+    max_overtake_s: float = Field(60.0, ge=0, allow_inf_nan=False)  # pars, threshold: the bound; 0: FCFS
+    express_share: float = Field(0.1, gt=0, le=1)  # pars: how much of the work may go ahead, the predicted-shortest first; 1: all, as in the paper
     mode: Literal["on", "shadow"] = "on"  # shadow: serve FCFS, but score and measure
     min_tau: float = Field(0.15, ge=0, lt=1)  # under this rolling τ_b the order is followed less, under half of it not at all; 0: no guard
     tau_window: int = Field(256, ge=50)  # finished requests that the rolling τ_b looks at
@@ -90,18 +91,17 @@ class PolicyRequestQueue(RequestQueue):
 # %% ../nbs/08_scheduler.ipynb #c1c5aae3
 def make_cost(cfg: PARSConfig, scores: list[float], lengths: list[float]) -> Cost:
     "Tokens where a checkpoint has tables, else the score as it is."
-    if len(scores) < 2:
+    if len(scores) < 2 or len(scores) != len(lengths):
         return by_score
     return Tokens(scores, lengths, cfg.prefill_token)
 
 
-def make_policy(cfg: PARSConfig, scale: Scale, cost: Cost = by_score, trust: float = 1.0) -> Policy:
-    "The policy that the settings name, followed as far as `trust` (0 to 1) goes."
-    if cfg.policy == "fcfs" or trust <= 0 or cfg.mode == "shadow":
+def make_policy(cfg: PARSConfig, scale: Scale, cost: Cost = by_score, express: float = 1.0) -> Policy:
+    "The policy that the settings name; `express` is where its lane ends, and at 0 it is FCFS."
+    if cfg.policy == "fcfs" or express <= 0 or cfg.mode == "shadow":
         return FCFS()
-    pars = PARS(scale, cfg.max_overtake_s, cost)
     others: dict[str, Policy] = dict(sjf=SJF(cost), threshold=Threshold(cfg.max_overtake_s, cost), hrrn=HRRN(cost))
-    return others[cfg.policy] if cfg.policy in others else replace(pars, max_overtake_s=trust * pars.max_overtake_s)
+    return others.get(cfg.policy) or PARS(scale, cfg.max_overtake_s, cost, express)
 
 
 def client_score(request: Request) -> float | None:
@@ -120,28 +120,35 @@ class _Queue(AsyncScheduler):
     def __init__(self, *args: Any, **kw: Any) -> None:
         super().__init__(*args, **kw)
         self.pars = c = read_config(self.vllm_config.additional_config)
-        self.scorer, self.cap, scores, lengths = make_scorer(c, self.vllm_config.model_config)
-        self.cost = make_cost(c, scores, lengths)
-        self.scale = Scale(lengths)  # of costs: tokens where there are tables, else scores as they come
+        self.scorer, self.cap, meta = make_scorer(c, self.vllm_config.model_config)
+        self.cost = make_cost(c, meta.score_quantiles, meta.length_quantiles)
+        self.scale = Scale(meta.length_quantiles)  # of costs: tokens where there are tables, else scores as they come
+        self.express = Express(c.express_share, meta.work_shares)
         self.trust = Trust(c.min_tau, c.tau_window)
         self.meters = Meters(self.parallel_config.data_parallel_index, c.log_every_s)
-        self.waiting = PolicyRequestQueue(make_policy(c, self.scale, self.cost))
+        self.waiting = PolicyRequestQueue(self.policy_now())
         self.fresh: list[Request] = []  # came since the last step, and have no score yet
         self.asked: dict[Request, float] = {}  # handed to the scorer, and when
 
     def _free_request(self, request: Request, *args: Any, **kw: Any) -> Any:
         t = self.waiting.q.tickets.get(request)
-        if t is not None and request.status != RequestStatus.FINISHED_ABORTED and self.trust.seen(t.score, request.num_output_tokens):
-            self.follow()
+        if t is not None and request.status != RequestStatus.FINISHED_ABORTED: self.learn(t, request.num_output_tokens)
         self.waiting.q.forget(request)
         self.asked.pop(request, None)
         return super()._free_request(request, *args, **kw)
 
-    def follow(self) -> None:
-        "Order the queue as far as the scores are trusted now."
-        self.waiting.q.set_policy(make_policy(self.pars, self.scale, self.cost, self.trust.value))
-        log.warning("PARS: τ_b of score and real length is %.2f over the last %d finished; the order is followed by %.0f %%",
-                    self.trust.tau, len(self.trust.recent), 100 * self.trust.value)
+    def policy_now(self) -> Policy:
+        "The policy as far as the scores are trusted now."
+        return make_policy(self.pars, self.scale, self.cost, self.trust.value * self.express.quantile)
+
+    def learn(self, t: Ticket, length: int) -> None:
+        "A request has finished: was its score right, and how much work do the predicted-shortest hold?"
+        if self.express.seen(self.cost(t), length + self.pars.prefill_token * t.prefill):
+            self.waiting.q.policy = self.policy_now()  # for those to come; who waits keeps his place
+        if self.trust.seen(t.score, length):
+            self.waiting.q.set_policy(self.policy_now())
+            log.warning("PARS: τ_b of score and real length is %.2f over the last %d finished; the order is followed by %.0f %%",
+                        self.trust.tau, len(self.trust.recent), 100 * self.trust.value)
 
     # Where async scheduling is off (vLLM on CPU forces that), AsyncScheduler's bookkeeping is left out:
     # its grandparent's methods are then exactly what stock vLLM runs.
@@ -208,9 +215,9 @@ class PARSScheduler(_Queue):
         m.poll(log, len(q), now - oldest if oldest < math.inf else 0.0, self.trust, bool(self.scorer and self.scorer.broken))
 
 # %% ../nbs/08_scheduler.ipynb #3de0d191
-def make_scorer(cfg: PARSConfig, model_config: Any) -> tuple[ScoreThread | None, Cap, list[float], list[float]]:
-    "The scorer thread, the cap, and the checkpoint's score and length tables; no thread without a usable ranker (the log says so once)."
-    nothing: tuple[None, Cap, list[float], list[float]] = None, Cap(), [], []
+def make_scorer(cfg: PARSConfig, model_config: Any) -> tuple[ScoreThread | None, Cap, RankerMeta]:
+    "The scorer thread, the cap, and what the checkpoint says of itself; no thread without a usable ranker (the log says so once)."
+    nothing = None, Cap(), RankerMeta()
     if cfg.policy == "fcfs":
         return nothing
     if cfg.ranker is None:
@@ -234,8 +241,8 @@ def make_scorer(cfg: PARSConfig, model_config: Any) -> tuple[ScoreThread | None,
     def text(ids: list[int]) -> str:
         return last_user_turn(tok.decode(ids[-128 * meta.max_length :]), *marks)
 
-    scores, lengths = (meta.score_quantiles, meta.length_quantiles) if len(meta.score_quantiles) == len(meta.length_quantiles) else ([], [])
-    return ScoreThread(score, text, max_queue=cfg.max_unscored), Cap(scores, lengths) if cfg.use_max_tokens else Cap(), scores, lengths
+    cap = Cap(meta.score_quantiles, meta.length_quantiles) if cfg.use_max_tokens else Cap()
+    return ScoreThread(score, text, max_queue=cfg.max_unscored), cap, meta
 
 
 def scoring(ranker: Any, spread: str) -> Callable[[Sequence[str]], np.ndarray]:

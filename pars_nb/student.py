@@ -105,9 +105,7 @@ def distill(
 
 
 def _finish(s: Student, held: Sequence[Record], test: Sequence[Record], out: str | Path) -> Student:
-    at = np.linspace(0, 1, 201)
-    s.meta.score_quantiles = np.quantile(s.score([r.prompt for r in held]), at).tolist()
-    s.meta.length_quantiles = np.quantile([r.mean for r in held], at).tolist()
+    s.meta.measure(s.score([r.prompt for r in held]), np.array([r.mean for r in held]))
     report = ranking_report(s.score([r.prompt for r in test]), test, s.meta.delta)
     s.meta.metrics = {k: None if v != v else round(v, 4) for k, v in report.items()}
     s.save(out)
