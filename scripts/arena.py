@@ -9,13 +9,15 @@ import resource
 import shlex
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import pandas as pd
 import typer
+from numba import njit
 
 from pars_nb.advise import scores_with_tau
 from pars_nb.backends import load_backend
@@ -24,8 +26,8 @@ from pars_nb.calibrate import calibrate, load_engine
 from pars_nb.cli import unseen
 from pars_nb.data import read
 from pars_nb.metrics import summarise
-from pars_nb.policy import FCFS, HRRN, PARS, SJF, Cost, Scale, Spread, Threshold, Ticket, Tokens, by_score
-from pars_nb.simulate import Requests, capacity, simulate
+from pars_nb.policy import FCFS, HRRN, PARS, SJF, Cost, Express, Scale, Spread, Threshold, Ticket, Tokens, by_score, express_quantile
+from pars_nb.simulate import Requests, Simulated, capacity, simulate
 
 app = typer.Typer(add_completion=False)
 OUT = Path(__file__).resolve().parent.parent / "results/arena"
@@ -53,16 +55,86 @@ class Boost:
         return t.arrival if c is None else t.arrival + math.log(-math.expm1(-self.gamma * max(1e-6, c * self.s_per_unit))) / self.gamma
 
 
-def policies(scores, lengths, s_per_token, span=60.0):
-    "Name → (policy, how the requests are told). Scores and lengths are quantile tables, as a checkpoint has them."
-    tok = Tokens(scores, lengths, 0.1)
-    def pars(x, cost=tok): return PARS(Scale(lengths), x, cost)
+@dataclass
+class Learning:
+    "PARS whose lane is learned on the way, as the scheduler does it: from requests that came `lag` before and have finished since."
+    pars: PARS
+    output: np.ndarray
+    express: Express = field(default_factory=Express)
+    lag: int = 500
+    came: list = field(default_factory=list)
+
+    def key(self, t: Ticket) -> float:
+        self.came.append(self.pars.cost(t))
+        if (i := t.seq - self.lag) >= 0 and self.express.seen(self.came[i], float(self.output[i])):
+            self.pars = replace(self.pars, express=self.express.quantile)
+        return self.pars.key(t)
+
+
+def policies(scores, lengths, s_per_token, r, score):
+    """Name → (policy, how the requests are told). Scores and lengths are quantile tables, as a checkpoint has them; where PARS' lane
+    ends at first is what a checkpoint would say: by the work that the prompts hold which are scored as these."""
+    tok, pairs = Tokens(scores, lengths, 0.1), list(zip(score.tolist(), r.output.tolist(), strict=True))
+    def pars(share=0.1, span=60.0, cost=tok):
+        first = express_quantile(pairs, share)
+        return Learning(PARS(Scale(lengths), span, cost, first), r.output, Express(share))
     return {
         "FCFS": (FCFS(), "ranker"), "prompt length": (SJF(), "prompt"), "predicted SJF (stock priority)": (SJF(tok), "ranker"),
         "HRRN": (HRRN(tok, s_per_token), "ranker"), "threshold 60 s (paper)": (Threshold(60.0, tok), "ranker"),
-        "Boost": (Boost(tok, s_per_token), "ranker"), "PARS 15 s": (pars(15.0), "ranker"), f"PARS {span:g} s": (pars(span), "ranker"),
-        "PARS 300 s": (pars(300.0), "ranker"), "PARS tail-aware": (pars(span, Spread(tok, "tail")), "spread"),
-        "PARS Gittins": (pars(span, Spread(tok, "gittins")), "spread"), "oracle SJF": (SJF(), "oracle")}
+        "Boost": (Boost(tok, s_per_token), "ranker"), "PARS, lane 0.1": (pars(), "ranker"), "PARS, lane 0.3": (pars(0.3), "ranker"),
+        "PARS, all, 15 s": (pars(1.0, 15.0), "ranker"), "PARS, all, 60 s": (pars(1.0), "ranker"),
+        "PARS tail-aware": (pars(cost=Spread(tok, "tail")), "spread"), "PARS Gittins": (pars(cost=Spread(tok, "gittins")), "spread"),
+        "oracle SJF": (SJF(), "oracle")}
+
+
+ASIDE = {"SRPT (true lengths; sets aside)": 0, "MLFQ (FastServe-like; sets aside)": 1, "Boost by served tokens (UniBoost-like; sets aside)": 2}
+
+
+@njit(cache=True)
+def _set_aside(arrival, prompt, output, kind, seqs, base, prefill, decode, quantum, gamma, s_per_token):
+    n, now, nxt, done = len(arrival), 0.0, 0, 0
+    got, start, first, last = np.zeros(n, np.int64), np.full(n, np.nan), np.full(n, np.nan), np.full(n, np.nan)
+    here, key, m = np.zeros(n, np.int64), np.zeros(n), 0
+    while done < n:
+        if m == 0: now = max(now, arrival[nxt])
+        while nxt < n and arrival[nxt] <= now:
+            here[m] = nxt
+            m += 1
+            nxt += 1
+        for x in range(m):
+            i = here[x]
+            if kind == 0: key[x] = output[i] - got[i]
+            elif kind == 1: key[x] = np.floor(np.log2(got[i] / quantum + 1)) * 1e9 + arrival[i]
+            else: key[x] = arrival[i] + np.log(-np.expm1(-gamma * (got[i] + 1) * s_per_token)) / gamma
+        order = np.argsort(key[:m])[:seqs] if m > seqs else np.arange(m)
+        tokens, old = 0, 0
+        for x in order:
+            if got[here[x]] == 0: tokens += prompt[here[x]]
+            else: old += 1
+            if np.isnan(start[here[x]]): start[here[x]] = now
+        now += base + prefill * tokens + decode * old
+        for x in order:
+            i = here[x]
+            got[i] += 1
+            if got[i] == 1: first[i] = now
+            if got[i] == output[i]:
+                last[i] = now
+                done += 1
+        k = 0
+        for x in range(m):
+            if got[here[x]] < output[here[x]]:
+                here[k] = here[x]
+                k += 1
+        m = k
+    return start, first, last
+
+
+def set_aside(r, e, kind, s_per_token, quantum=16, gamma=0.05):
+    """An engine that may set any running request aside at any step, at no cost (its KV stays, there is always room): the policies that
+    need it. vLLM is no such engine. Token by token."""
+    step = e.max_num_seqs, e.base_s, e.prefill_s, e.decode_s
+    a = _set_aside(np.asarray(r.arrival, float), r.prompt, r.output, kind, *step, quantum, gamma, s_per_token)
+    return Simulated(r, *a, 0, 0, int(r.output.sum()), 0)
 
 
 def requests_from(records, gaps, n, seed, max_tokens=2048):
@@ -89,10 +161,18 @@ def measure(s, tenants, slo=(2000.0, 100.0)):
                       longest_wait_s=float((s.start - s.requests.arrival).max()))
 
 
+def predictors(workload):
+    "Kendall's τ_b of each predictor as `scripts/ranking.py predictors` measured it on this workload; {} where it did not."
+    path = OUT.parent / "ranking/predictors.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    d = pd.DataFrame([dict(p=r["key"][1], tau=r["tau_b"]) for r in rows if r["key"][0] == workload], columns=["p", "tau"])
+    return d.groupby("p", sort=False).tau.mean().to_dict()
+
+
 @app.command()
 def sweep(data: Data, trace: Trace, engine: Engine, target: str | None = None, n: int = 4000, seeds: int = 3, tau: float = 0.6):
     "Load, burst, noise, drift and a tenant that games the predictor: a row per policy, setting and seed."
-    records, e = read(data, target), load_engine(engine)
+    records, e, taus = read(data, target), load_engine(engine), predictors(data.stem)
     gaps = np.diff(np.sort(pd.read_parquet(trace).timestamp_s.to_numpy()))
     rows, at = [], np.linspace(0, 1, 201)
     for seed in range(seeds):
@@ -103,6 +183,7 @@ def sweep(data: Data, trace: Trace, engine: Engine, target: str | None = None, n
         worlds += [("burst", b, 0.7, tau, "burst") for b in (100, 500, 2000)]
         worlds += [("noise", t, 1.0, t, "") for t in (1.0, 0.8, 0.6, 0.4, 0.2, 0.0, -1.0)]
         worlds += [("drift", tau, 1.0, tau, "drift"), ("gaming", tau, 1.0, tau, "gaming")]
+        worlds += [("predictor", k, 1.0, t, "") for k, t in taus.items()]
         for sweep_name, x, rho, t, twist in worlds:
             r = base._replace(arrival=base.arrival / (rho * rate))
             if twist == "burst":  # the middle b requests come at once
@@ -112,14 +193,24 @@ def sweep(data: Data, trace: Trace, engine: Engine, target: str | None = None, n
             score = scores_with_tau(r.output, t, seed)
             spread = np.full(n, math.sqrt(max(0.05, 1 - math.sin(math.pi * abs(t) / 2) ** 2)) * np.log(r.output).std())
             spread *= np.where(rng.random(n) < 0.5, 0.7, 1.2)  # what a ranker would say of itself: surer of some
-            table = np.quantile(score, at).tolist()
+            table, clean = np.quantile(score, at).tolist(), score
             if twist == "drift": score = np.where(np.arange(n) < n // 2, score, rng.normal(size=n))
             if twist == "gaming": score = np.where(tenants == 0, score.min(), score)
-            for name, (p, kind) in policies(table, np.quantile(r.output, at).tolist(), 1 / (rate * r.output.mean())).items():
-                s = simulate(told(r, kind, score, spread), e, p)
-                rows.append(dict(sweep=sweep_name, x=x, seed=seed, policy=name, **measure(s, tenants)))
+            s_per_token = 1 / (rate * r.output.mean())
+            todo = policies(table, np.quantile(r.output, at).tolist(), s_per_token, r, clean)
+            done = ((name, simulate(told(r, kind, score, spread), e, p)) for name, (p, kind) in todo.items())
+            aside = ASIDE if sweep_name in ("load", "burst") else {}  # nothing is predicted there
+            done = chain(done, ((name, set_aside(r, e, kind, s_per_token)) for name, kind in aside.items()))
+            rows += [dict(sweep=sweep_name, x=x, seed=seed, policy=name, **measure(s, tenants)) for name, s in done]
         print(f"seed {seed}: {len(rows)} rows", flush=True)
     write("sweep", n=n, tau=tau, engine=e.model_dump(), rows=rows)
+
+
+def by_lane(r, share=0.1):
+    "PARS with a lane that knows what it holds."
+    scale = Scale(np.quantile(r.score, np.linspace(0, 1, 201)).tolist(), window=0)
+    some = slice(0, 100_000)
+    return PARS(scale, 60.0, express=express_quantile(zip(r.score[some].tolist(), r.output[some].tolist(), strict=True), share))
 
 
 @app.command()
@@ -134,8 +225,7 @@ def speed(trace: Trace, engine: Engine, sizes: list[int] = [10**4, 10**5, 10**6,
         k = np.resize(np.arange(len(d)), n)
         r = Requests(np.cumsum(gaps[k]) / gaps.mean() / (load * rate), one.prompt[k], one.output[k])
         r = r._replace(score=scores_with_tau(r.output, 0.6))
-        scale = np.quantile(r.score, np.linspace(0, 1, 201)).tolist()
-        for name, p in (("FCFS", FCFS()), ("PARS", PARS(Scale(scale, window=0), 60.0))):
+        for name, p in (("FCFS", FCFS()), ("PARS", by_lane(r))):
             start = time.perf_counter()
             s = simulate(r, e, p)
             took = time.perf_counter() - start
@@ -153,9 +243,8 @@ def fleet(trace: Trace, engine: Engine, replicas: int = 1000, n: int = 10**7, lo
     r = Requests(np.zeros(n), np.clip(d.prompt_tokens.to_numpy(), 1, None).astype(np.int64)[k], d.response_tokens.clip(lower=1).to_numpy(np.int64)[k])
     rate = capacity(Requests(*(x[:20_000] for x in r[:3])), e) * replicas
     r = r._replace(arrival=np.cumsum(rng.exponential(1, n)) / (load * rate), score=scores_with_tau(r.output, 0.6))
-    scale = np.quantile(r.score, np.linspace(0, 1, 201)).tolist()
     for routing in ("round_robin", "least_outstanding", "predicted_work", "shared"):
-        for name, p in (("FCFS", FCFS()), ("PARS", PARS(Scale(scale, window=0), 60.0))):
+        for name, p in (("FCFS", FCFS()), ("PARS", by_lane(r))):
             start = time.perf_counter()
             s = simulate(r, e, p, replicas, routing)
             lat = s.latencies()
@@ -177,7 +266,10 @@ def calibration(ranker: Annotated[Path, typer.Option()], data: Data, trace: Trac
     OUT.mkdir(parents=True, exist_ok=True)
     queues = {k: v for k, v in variants(str(ranker)).items() if "stock" not in k}
     at, lengths = rk.meta.score_quantiles, rk.meta.length_quantiles
-    orders = {"FCFS (our class)": FCFS(), "PARS": PARS(Scale(lengths), 60.0, Tokens(at, lengths, 0.1)), "Oracle SJF": SJF()}
+    orders = {"FCFS (our class)": FCFS(), "Oracle SJF": SJF()}
+    def pars(r):  # as the scheduler starts
+        share = Express(0.1, rk.meta.work_shares)
+        return Learning(PARS(Scale(lengths), 60.0, Tokens(at, lengths, 0.1), share.quantile), r.output, share, 150)
     from contextlib import ExitStack
     with ExitStack() as stack:
         engines = {k: stack.enter_context(engine(settings, v, OUT / f"engine-{i}.log")) for i, (k, v) in enumerate(queues.items())}
@@ -201,7 +293,7 @@ def calibration(ranker: Annotated[Path, typer.Option()], data: Data, trace: Trac
                     score = np.array(w.lengths, float) if k.startswith("Oracle") else rk.score(w.prompts).astype(float)
                     r = Requests(np.array(w.arrivals), np.array([s.prompt_tokens for s in served]), np.array(w.lengths), score)
                     sim = summarise([s.model_copy(update=dict(first=s.first + m.overhead_s, last=s.last + m.overhead_s))
-                                     for s in simulate(r, m, orders[k]).served()])
+                                     for s in simulate(r, m, orders.get(k) or pars(r)).served()])
                     rows.append(dict(queue=k, load=load, seed=seed, **{f"{key}_{side}": v[key] for side, v in (("real", real), ("sim", sim))
                                      for key in ("mean_ntpot_ms", "mean_ttft_ms", "p99_e2el_ms", "duration")}))
                     print({k2: round(v, 1) if isinstance(v, float) else v for k2, v in rows[-1].items()}, flush=True)

@@ -37,18 +37,22 @@ def write(name, **facts):
 @app.command()
 def load(ranker: Ranker, data: Data, trace: Trace, target: str | None = None, name: str = "", requests: int = 1000, burst: int = 2000,
          seeds: int = 5, rho: list[float] = [0.3, 0.7, 0.9, 1.1], max_tokens: int = 1024, scale: float = 1.0, max_num_seqs: int = 16,  # noqa: B006
-         span: float = 60.0, student: Path | None = None):
-    """Five queues (six with a student), recorded lengths (times `scale`), a burst and the trace's arrivals stretched to each ρ;
-    interleaved, in an order that rotates. ρ = 1 is the request throughput of the control in the burst (median over seeds)."""
+         student: Path | None = None, null: bool = False):
+    """Six queues (and one with a student's scores; and the control twice, to see the noise), recorded lengths (times `scale`), a burst
+    and the trace's arrivals stretched to each ρ; interleaved, in an order that rotates. ρ = 1 is the request throughput of the control
+    in the burst (median over seeds)."""
     import pandas as pd
 
     records, facts = unseen(data, target, ranker), load_backend(ranker, "torch")
     if scale != 1.0:
         records = [r.model_copy(update=dict(lengths=tuple(max(1, round(scale * n)) for n in r.lengths))) for r in records]
     at = np.sort(pd.read_parquet(trace).iloc[:, 0].pipe(seconds).to_numpy())
-    gaps, queues, settings = np.diff(at), variants(str(ranker), span, priority=True), EngineSettings(max_num_seqs=max_num_seqs)
+    gaps, queues, settings = np.diff(at), variants(str(ranker), priority=True), EngineSettings(max_num_seqs=max_num_seqs)
     if student:  # the same queue, with the cheap ranker in it
-        queues["PARS (student)"] = variants(str(student), span)["PARS"]
+        queues["PARS (student)"] = variants(str(student))["PARS"]
+    queues["PARS, all go ahead"] = variants(str(ranker), express_share=1.0)["PARS"]
+    if null:
+        queues["FCFS (our class), again"] = queues[CONTROL]
     known = dict(zip((r.prompt for r in records), facts.score([r.prompt for r in records]).tolist(), strict=True))
     name, rows, rates = name or data.stem, [], []
     def scored(w):
@@ -75,7 +79,7 @@ def load(ranker: Ranker, data: Data, trace: Trace, target: str | None = None, na
                     rows.append(dict(queue=q, workload=w.name, seed=seed, tau_b=tau_b(np.array(w.scores), np.array(w.lengths)), **s))
                     print(f"{w.name:12} seed {seed} {q:34} NTPOT {s['mean_ntpot_ms']:8.1f} ms  p99 E2EL {s['p99_e2el_ms']:8.0f} ms  "
                           f"{s['duration']:5.1f} s", flush=True)
-                write(f"load-{name}", requests=requests, burst=burst, scale=scale, max_tokens=max_tokens, span=span,
+                write(f"load-{name}", requests=requests, burst=burst, scale=scale, max_tokens=max_tokens,
                       engine=settings.model_dump(exclude={"model"}), ranker=facts.meta.metrics,
                       summary=json.loads(table(pd.DataFrame(rows)).to_json(orient="records")), runs=rows)
     for f in OUT.glob(f"engine-{name}-*.log"):
@@ -93,8 +97,8 @@ def harm(data: Data, trace: Trace, target: str | None = None, requests: int = 15
     gaps = np.diff(np.sort(pd.read_parquet(trace).iloc[:, 0].pipe(seconds).to_numpy()))
     def ours(**pars):
         return dict(scheduler_cls="pars_nb.scheduler.PARSScheduler", additional_config=dict(pars=pars))
-    queues = {CONTROL: ours(policy="fcfs"), "guarded": ours(client_scores=True), "no guard": ours(client_scores=True, min_tau=0.0),
-              "shadow": ours(client_scores=True, mode="shadow")}
+    queues = {CONTROL: ours(policy="fcfs"), "PARS": ours(client_scores=True), "no guard": ours(client_scores=True, min_tau=0.0),
+              "no guard, no lane": ours(client_scores=True, min_tau=0.0, express_share=1.0), "shadow": ours(client_scores=True, mode="shadow")}
     with ExitStack() as stack:
         OUT.mkdir(parents=True, exist_ok=True)
         engines = {k: stack.enter_context(engine(settings, v, OUT / f"engine-harm-{i}.log")) for i, (k, v) in enumerate(queues.items())}
