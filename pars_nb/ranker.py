@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Loss', 'LOSSES', 'OUTPUTS', 'CARD', 'pair_mask', 'margin_loss', 'logistic_loss', 'win_loss', 'pointwise_loss',
            'listmle_loss', 'bucket_loss', 'lognormal_loss', 'to_scores', 'RankerError', 'load_encoder',
-           'tiny_tokenizer', 'tiny_encoder', 'RankerMeta', 'in_batches', 'Ranker', 'model_card', 'clean', 'load_ranker']
+           'tiny_tokenizer', 'tiny_encoder', 'RankerMeta', 'in_batches', 'Ranker', 'model_card', 'clean', 'load_meta',
+           'load_ranker', 'push_to_hub', 'pull_from_hub']
 
 # %% ../nbs/03_ranker.ipynb #96c04808
 import json
@@ -288,13 +289,21 @@ def clean(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def load_ranker(folder: str | Path) -> Ranker:
-    "A ranker from the folder that `Ranker.save` wrote. Raises `RankerError` for a missing, foreign or damaged one."
-    folder = Path(folder)
-    if not (folder / "pars.json").is_file():
+def load_meta(folder: str | Path) -> RankerMeta:
+    "What the ranker in a folder says of itself. Raises `RankerError`."
+    path = Path(folder) / "pars.json"
+    if not path.is_file():
         raise RankerError(f"no ranker in {folder}: pars.json is missing; `pars train --out {folder}` makes one")
     try:
-        meta = RankerMeta(**json.loads((folder / "pars.json").read_text()))
+        return RankerMeta(**json.loads(path.read_text()))
+    except (ValidationError, ValueError) as e:
+        raise RankerError(f"the ranker in {folder} is damaged: {_first_line(e)}; train it or copy it again") from e
+
+
+def load_ranker(folder: str | Path) -> Ranker:
+    "A ranker from the folder that `Ranker.save` wrote. Raises `RankerError` for a missing, foreign or damaged one."
+    folder, meta = Path(folder), load_meta(folder)
+    try:
         tok = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         model = AutoModelForSequenceClassification.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=torch.float32)
@@ -303,3 +312,28 @@ def load_ranker(folder: str | Path) -> Ranker:
     except Exception as e:  # safetensors raises a class of its own for a torn file
         raise RankerError(f"the ranker in {folder} is damaged: {type(e).__name__}: {_first_line(e)}; copy it again") from e
     return Ranker(model.eval(), tok, meta)
+
+# %% ../nbs/03_ranker.ipynb #fdd2cfaa
+def push_to_hub(folder: str | Path, repo: str, private: bool = True) -> str:  # the commit's hash: what to pin
+    "Upload a ranker's folder as `repo` (user/name); not its exports, whose probes are prompts of yours. Raises `RankerError`."
+    from huggingface_hub import HfApi
+
+    load_meta(folder)
+    try:
+        api = HfApi()
+        api.create_repo(repo, private=private, exist_ok=True)
+        return api.upload_folder(repo_id=repo, folder_path=folder, ignore_patterns=["checkpoints/*", "fast/*"]).oid
+    except Exception as e:  # the hub's, the network's and the offline switch's errors share no class
+        raise RankerError(f"{repo} could not be uploaded: {_first_line(e)}; is the network there, and `hf auth login` done?") from e
+
+
+def pull_from_hub(repo: str, revision: str, out: str | Path) -> Path:
+    "Download a ranker at a commit into a folder. Raises `RankerError`."
+    from huggingface_hub import snapshot_download
+
+    try:
+        snapshot_download(repo, revision=revision, local_dir=out, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.md"])
+    except Exception as e:
+        raise RankerError(f"{repo} at {revision} could not be fetched: {_first_line(e)}") from e
+    load_meta(out)
+    return Path(out)
