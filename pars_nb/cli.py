@@ -101,7 +101,7 @@ def train(
     target: Target = None,
     encoder: Annotated[str, typer.Option(help="A hub name, a local folder, or `tiny` (from scratch, no download).")] = "bert-base-uncased",
     init: Annotated[Path | None, typer.Option(help="Start from this ranker instead.")] = None,
-    loss: Annotated[str, typer.Option(help="margin (PARS), logistic, win, pointwise, listmle, bucket, lognormal")] = "margin",
+    loss: Annotated[str, typer.Option(help="win, margin (the paper's), logistic, pointwise, listmle, bucket, lognormal")] = "win",
     delta: Annotated[float, typer.Option(help="Least relative gap of a pair that teaches.")] = 0.2,
     epochs: float = 3.0,
     batch_size: Annotated[int, typer.Option(help="Prompts a batch; all their pairs count.")] = 64,

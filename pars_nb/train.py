@@ -27,11 +27,11 @@ from .ranker import LOSSES, OUTPUTS, Ranker, RankerMeta, load_encoder, load_rank
 
 # %% ../nbs/04_train.ipynb #ee369aa3
 class TrainConfig(BaseModel, extra="forbid"):
-    "The recipe. What PARS (arXiv 2510.03243) prescribes is the default where one pass per prompt does not change it."
+    "The recipe: that of PARS (arXiv 2510.03243) but for the loss, and for all pairs of a batch instead of ten of a prompt."
     encoder: str = "bert-base-uncased"  # a hub name, a local folder, or `tiny`
     revision: str | None = None  # hub commit of the encoder
     init: str | None = None  # start from this ranker's folder instead of a fresh head
-    loss: str = "margin"
+    loss: str = "win"  # the best in the study (21_ranking); "margin" is the paper's
     target: Literal["mean", "median", "first"] = "mean"  # what a prompt with several runs is taken to be
     delta: float = Field(0.2, ge=0, lt=1)
     confidence: float = Field(0.0, ge=0, lt=1)  # above 0.5: keep a pair only if its order holds with this probability (`pairs.log_noise`)

@@ -159,8 +159,8 @@ def predictors(data: Data, encoder: Encoder, seeds: int = 3, shard: Shard = "1/1
 @app.command("filter")
 def filtering(data: Data, encoder: Encoder, seeds: int = 3, shard: Shard = "1/1"):
     "Kept fraction and τ_b against δ, and against the noise-aware filter."
-    rules = {**{f"δ = {d}": dict(delta=d) for d in (0.0, 0.1, 0.2, 0.3, 0.5)},
-             **{f"confidence {c}": dict(delta=0.0, confidence=c) for c in (0.6, 0.7, 0.8, 0.9)}}
+    rules = {**{f"δ = {d}": dict(loss="margin", delta=d) for d in (0.0, 0.1, 0.2, 0.3, 0.5)},
+             **{f"confidence {c}": dict(loss="margin", delta=0.0, confidence=c) for c in (0.6, 0.7, 0.8, 0.9)}}
     keys = [[w, k, s] for s in range(seeds) for w in ("alpaca_davinci003", "castillo_alpaca", "castillo_sharegpt") for k in rules]
     cells = Cells("filter", shard, parts=PARTS)
     for w, k, s in cells.todo(keys):
@@ -175,7 +175,8 @@ def filtering(data: Data, encoder: Encoder, seeds: int = 3, shard: Shard = "1/1"
 @app.command()
 def targets(data: Data, encoder: Encoder, seeds: int = 3, shard: Shard = "1/1"):
     "One run, the median, the mean, or all runs to learn from; and the log-normal head with its calibration."
-    kinds = {"first run": dict(target="first"), "median": dict(target="median"), "mean": {}, "all runs (win)": dict(loss="win"),
+    kinds = {"first run": dict(loss="margin", target="first"), "median": dict(loss="margin", target="median"), "mean": dict(loss="margin"),
+             "all runs (win)": dict(loss="win"),
              "log-normal": dict(loss="lognormal")}
     keys = [[w, k, s] for s in range(seeds) for w in ("castillo_alpaca", "castillo_dolly", "castillo_sharegpt") for k in kinds]
     cells = Cells("targets", shard, parts=PARTS)
@@ -224,7 +225,7 @@ def universal(data: Data, encoder: Encoder, out: Path = Path("runs/universal"), 
     torch.set_num_threads(threads)
     records = averaged(data, set(filter(None, leave_out.split(","))), leave_model)
     train = split(records, PARTS, 0)[0]
-    cfg = TrainConfig(encoder=encoder, epochs=epochs, batch_size=64, lr=1e-4, bf16=True, keep_best=False)
+    cfg = TrainConfig(encoder=encoder, loss="win", epochs=epochs, batch_size=64, lr=1e-4, bf16=True, keep_best=False)
     print(f"{len(train)} prompts of {len({r.model for r in train})} sources", flush=True)
     r, seconds = trained(cfg, train)
     r.meta.target_model, r.meta.metrics = "universal", dict(seconds=seconds, prompts=float(len(train)))
@@ -251,7 +252,7 @@ def adapt(data: Data, encoder: Encoder, universal: Path = Path("runs/universal")
         else:
             warm, cold = dict(init=str(universal), epochs=4 if n < 2000 else 3, lr=5e-5), dict(epochs=max(3, min(10, 2000 / n)), lr=1e-4)
             more = warm if init == "universal" else cold
-            cfg = TrainConfig(encoder=encoder, batch_size=32, bf16=True, keep_best=False, seed=s, **more)
+            cfg = TrainConfig(encoder=encoder, loss="win", batch_size=32, bf16=True, keep_best=False, seed=s, **more)
             r, seconds = trained(cfg, some)
             scores = r.score([o.prompt for o in test])
         cells.add([w, init, n, s], used=len(some), seconds=seconds, **report(scores, test))
@@ -270,7 +271,7 @@ def matrices(data: Data, encoder: Encoder, shard: Shard = "1/1"):
     cells = Cells("matrices", shard, parts=PARTS)
     for kind, a in cells.todo(keys):
         train = split(tests[kind, a], PARTS, 0)[0]
-        r, _ = trained(recipe(encoder, len(train)), train)
+        r, _ = trained(recipe(encoder, len(train), loss="win"), train)
         on = {b: split(t, PARTS, 0)[2] for (k, b), t in tests.items() if k == kind}
         cells.add([kind, a], tau_b={b: tau_b(r.score([o.prompt for o in t]), np.array([o.mean for o in t])) for b, t in on.items()})
     cells.write(keys)
@@ -327,7 +328,7 @@ def training_speed(data: Data, encoder: Encoder, prompts: int = 1200, seeds: int
     records, rows = draw(read(data / "alpaca_davinci003.parquet"), prompts, 0), []
     for seed in range(seeds):
         train, _, test = split(records, PARTS, seed)
-        cfg = TrainConfig(encoder=encoder, epochs=6, batch_size=32, lr=1e-4, bf16=True, keep_best=False, seed=seed)
+        cfg = TrainConfig(encoder=encoder, loss="margin", epochs=6, batch_size=32, lr=1e-4, bf16=True, keep_best=False, seed=seed)
         set_seed(seed)
         ours = new_ranker(train, cfg)
         look = Curve(ours, test, every=400)
