@@ -149,6 +149,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'pars_nb.pairs.rel_gap': ('pairs.html#rel_gap', 'pars_nb/pairs.py')},
             'pars_nb.policy': { 'pars_nb.policy.Express': ('policy.html#express', 'pars_nb/policy.py'),
                                 'pars_nb.policy.Express.__init__': ('policy.html#express.__init__', 'pars_nb/policy.py'),
+                                'pars_nb.policy.Express._end': ('policy.html#express._end', 'pars_nb/policy.py'),
                                 'pars_nb.policy.Express.seen': ('policy.html#express.seen', 'pars_nb/policy.py'),
                                 'pars_nb.policy.FCFS': ('policy.html#fcfs', 'pars_nb/policy.py'),
                                 'pars_nb.policy.FCFS.key': ('policy.html#fcfs.key', 'pars_nb/policy.py'),

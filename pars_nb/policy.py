@@ -184,29 +184,45 @@ def express_quantile(done: Iterable[tuple[float, float]], share: float) -> float
 
 
 class Express:
-    "How far the lane for the predicted-shortest reaches: by a checkpoint's table at first, then by what has finished."
+    """How far the lane for the predicted-shortest reaches. The mean work of each twentieth of the predicted order is what a checkpoint
+    says, until requests of that twentieth have finished; so it matters little who finishes first (under this order, the short ones)."""
 
     def __init__(
         self,
         share: float = 0.1,  # of the work that may go ahead; 1: every request by its cost
         work_shares: Sequence[float] = (),  # share of the work below equally spaced quantiles of the score (of a checkpoint)
-        window: int = 1000,  # finished requests to look at
-        every: int = 64,  # and how many new ones before another look
+        bins: int = 20,
+        window: int = 50,  # finished requests to remember of each bin
+        every: int = 64,  # how many new ones before another look
     ) -> None:
-        self.share, self.every, self.new = share, every, 0
-        self.done: deque[tuple[float, float]] = deque(maxlen=window)
-        self.quantile = 1.0 if share >= 1 else share if len(work_shares) < 2 else bisect_right(work_shares, share) / len(work_shares)
+        self.share, self.every, self.new, m = share, every, 0, len(work_shares) - 1
+        cuts = [work_shares[round(k * m / bins)] for k in range(bins + 1)] if m > 0 else [k / bins for k in range(bins + 1)]
+        self.prior = [bins * (b - a) for a, b in zip(cuts, cuts[1:], strict=False)]  # mean work, in means of all
+        self.done: list[deque[float]] = [deque(maxlen=window) for _ in range(bins)]
+        self.quantile = self._end()
 
-    def seen(self, cost: float | None, work: float) -> bool:  # has the lane's end moved?
-        "A request has finished: what it was thought to cost, and what it did, in tokens."
-        if cost is None or not math.isfinite(cost) or self.share >= 1:
+    def _end(self) -> float:
+        "Where the lane holds its share of the work."
+        known = [k for k, d in enumerate(self.done) if len(d) >= 3]
+        scale = sum(sum(self.done[k]) / len(self.done[k]) for k in known) / max(1e-9, sum(self.prior[k] for k in known)) if known else 1.0
+        work = [(3 * scale * p + sum(d)) / (3 + len(d)) for p, d in zip(self.prior, self.done, strict=True)]
+        allowed = self.share * sum(work)
+        for k, w in enumerate(work):
+            if w > allowed and self.share < 1:
+                return (k + allowed / w) / len(work)
+            allowed -= w
+        return 1.0
+
+    def seen(self, quantile: float | None, work: float) -> bool:  # has the lane's end moved?
+        "A request has finished: the quantile of what it was thought to cost (None: not known), and what it did cost, in tokens."
+        if quantile is None:
             return False
-        self.done.append((cost, work))
+        self.done[min(len(self.done) - 1, int(quantile * len(self.done)))].append(work)
         self.new += 1
-        if self.new < self.every or len(self.done) < 2 * self.every:
+        if self.new < self.every:
             return False
         self.new, before = 0, self.quantile
-        self.quantile = express_quantile(self.done, self.share)
+        self.quantile = self._end()
         return self.quantile != before
 
 # %% ../nbs/07_policy.ipynb #d9c09055

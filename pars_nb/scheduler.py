@@ -143,7 +143,8 @@ class _Queue(AsyncScheduler):
 
     def learn(self, t: Ticket, length: int) -> None:
         "A request has finished: was its score right, and how much work do the predicted-shortest hold?"
-        if self.express.seen(self.cost(t), length + self.pars.prefill_token * t.prefill):
+        cost = self.cost(t)
+        if self.express.seen(None if cost is None else self.scale.of(cost), length + self.pars.prefill_token * t.prefill):
             self.waiting.q.policy = self.policy_now()  # for those to come; who waits keeps his place
         if self.trust.seen(t.score, length):
             self.waiting.q.set_policy(self.policy_now())

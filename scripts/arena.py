@@ -27,6 +27,7 @@ from pars_nb.cli import unseen
 from pars_nb.data import read
 from pars_nb.metrics import summarise
 from pars_nb.policy import FCFS, HRRN, PARS, SJF, Cost, Express, Scale, Spread, Threshold, Ticket, Tokens, by_score, express_quantile
+from pars_nb.ranker import RankerMeta
 from pars_nb.simulate import Requests, Simulated, capacity, simulate
 
 app = typer.Typer(add_completion=False)
@@ -65,7 +66,8 @@ class Learning:
     came: list = field(default_factory=list)
 
     def key(self, t: Ticket) -> float:
-        self.came.append(self.pars.cost(t))
+        cost = self.pars.cost(t)
+        self.came.append(None if cost is None else self.pars.scale.of(cost))
         if (i := t.seq - self.lag) >= 0 and self.express.seen(self.came[i], float(self.output[i])):
             self.pars = replace(self.pars, express=self.express.quantile)
         return self.pars.key(t)
@@ -74,10 +76,11 @@ class Learning:
 def policies(scores, lengths, s_per_token, r, score):
     """Name → (policy, how the requests are told). Scores and lengths are quantile tables, as a checkpoint has them; where PARS' lane
     ends at first is what a checkpoint would say: by the work that the prompts hold which are scored as these."""
-    tok, pairs = Tokens(scores, lengths, 0.1), list(zip(score.tolist(), r.output.tolist(), strict=True))
+    tok, held = Tokens(scores, lengths, 0.1), RankerMeta()
+    held.measure(score, r.output)
     def pars(share=0.1, span=60.0, cost=tok):
-        first = express_quantile(pairs, share)
-        return Learning(PARS(Scale(lengths), span, cost, first), r.output, Express(share))
+        express = Express(share, held.work_shares)
+        return Learning(PARS(Scale(lengths), span, cost, express.quantile), r.output, express)
     return {
         "FCFS": (FCFS(), "ranker"), "prompt length": (SJF(), "prompt"), "predicted SJF (stock priority)": (SJF(tok), "ranker"),
         "HRRN": (HRRN(tok, s_per_token), "ranker"), "threshold 60 s (paper)": (Threshold(60.0, tok), "ranker"),
