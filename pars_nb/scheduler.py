@@ -98,8 +98,10 @@ def make_cost(cfg: PARSConfig, scores: list[float], lengths: list[float]) -> Cos
 
 def make_policy(cfg: PARSConfig, scale: Scale, cost: Cost = by_score, express: float = 1.0) -> Policy:
     "The policy that the settings name; `express` is where its lane ends, and at 0 it is FCFS."
-    if cfg.policy == "fcfs" or express <= 0 or cfg.mode == "shadow":
+    if cfg.policy == "fcfs":
         return FCFS()
+    if express <= 0 or cfg.mode == "shadow":
+        return PARS(scale, cfg.max_overtake_s, cost, 0.0)  # no lane: first come, first served, that goes on learning what costs are like
     others: dict[str, Policy] = dict(sjf=SJF(cost), threshold=Threshold(cfg.max_overtake_s, cost), hrrn=HRRN(cost))
     return others.get(cfg.policy) or PARS(scale, cfg.max_overtake_s, cost, express)
 
@@ -143,10 +145,11 @@ class _Queue(AsyncScheduler):
 
     def learn(self, t: Ticket, length: int) -> None:
         "A request has finished: was its score right, and how much work do the predicted-shortest hold?"
-        cost = self.cost(t)
-        if self.express.seen(None if cost is None else self.scale.of(cost), length + self.pars.prefill_token * t.prefill):
+        if (cost := self.cost(t)) is None: return
+        at = self.scale.of(cost)
+        if self.express.seen(at, length + self.pars.prefill_token * t.prefill):
             self.waiting.q.policy = self.policy_now()  # for those to come; who waits keeps his place
-        if self.trust.seen(t.score, length):
+        if self.trust.seen(t.score, length, at):
             self.waiting.q.set_policy(self.policy_now())
             log.warning("PARS: τ_b of score and real length is %.2f over the last %d finished; the order is followed by %.0f %%",
                         self.trust.tau, len(self.trust.recent), 100 * self.trust.value)

@@ -21,21 +21,26 @@ from .metrics import tau_b
 class Trust:
     "How far to follow the scores, in quarters from 0 (FCFS) to 1, by the rolling τ_b of score and real length."
 
-    def __init__(self, floor: float = 0.15, window: int = 256, least: int = 50, every: int = 16) -> None:
+    def __init__(self, floor: float = 0.15, window: int = 256, least: int = 50, every: int = 16, bins: int = 16) -> None:
         self.floor, self.least, self.every = floor, least, every
-        self.recent: deque[tuple[float, int]] = deque(maxlen=window)  # (score, real length in tokens)
-        self.tau, self.value, self.new = math.nan, 1.0, 0
+        self.bins: list[deque[tuple[int, float, int]]] = [deque(maxlen=max(1, window // bins)) for _ in range(bins)]  # when, score, real length
+        self.tau, self.value, self.new, self.count, self.stale = math.nan, 1.0, 0, 0, 4 * window
 
-    def seen(self, score: float | None, length: int) -> bool:  # did the trust change?
-        "A request has finished. Without a score it says nothing."
+    @property
+    def recent(self) -> list[tuple[float, int]]:
+        "The requests that are compared."
+        return [(s, n) for b in self.bins for when, s, n in b if when > self.count - self.stale]
+
+    def seen(self, score: float | None, length: int, quantile: float) -> bool:  # did the trust change?
+        "A request has finished: its score, its real length in tokens, and where it stood in the predicted order, 0 to 1."
         if score is None or not math.isfinite(score):
             return False
-        self.recent.append((score, length))
-        self.new += 1
-        if len(self.recent) < self.least or self.new < self.every:
+        self.bins[min(len(self.bins) - 1, int(quantile * len(self.bins)))].append((self.count, score, length))
+        self.new, self.count = self.new + 1, self.count + 1
+        if self.new < self.every or len(recent := self.recent) < self.least or 4 * sum(map(bool, self.bins)) < 3 * len(self.bins):
             return False
         self.new, before = 0, self.value
-        self.tau = tau_b(*np.array(self.recent).T)
+        self.tau = tau_b(*np.array(recent).T)
         if math.isfinite(self.tau) and self.floor > 0:
             self.value = min(4, max(0, math.floor(8 * (self.tau / self.floor - 0.5)))) / 4
         return self.value != before
