@@ -368,6 +368,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'pars_nb.watch.Meters.poll': ('watch.html#meters.poll', 'pars_nb/watch.py'),
                                'pars_nb.watch.Trust': ('watch.html#trust', 'pars_nb/watch.py'),
                                'pars_nb.watch.Trust.__init__': ('watch.html#trust.__init__', 'pars_nb/watch.py'),
+                               'pars_nb.watch.Trust._fresh': ('watch.html#trust._fresh', 'pars_nb/watch.py'),
                                'pars_nb.watch.Trust.recent': ('watch.html#trust.recent', 'pars_nb/watch.py'),
                                'pars_nb.watch.Trust.seen': ('watch.html#trust.seen', 'pars_nb/watch.py'),
                                'pars_nb.watch.families': ('watch.html#families', 'pars_nb/watch.py')}}}

@@ -142,7 +142,7 @@ def advise(
     for k in ("mean_ntpot_ms_ratio", "p99_e2el_ms_ratio"):
         g = df.groupby("policy", sort=False)[k]
         table[k + "_lo"], table[k + "_hi"] = g.min(), g.max()
-    safe = [s for s in shares if table.p99_e2el_ms_ratio[f"PARS {s:g}"] <= 1.01]
+    safe = [s for s in shares if table.p99_e2el_ms_ratio[f"PARS {s:g}"] <= 1.0]
     knob = max(safe) if safe else None
     wait = requests.arrival[-1] - requests.arrival[0]
     return dict(requests=len(requests.arrival), hours=float(wait / 3600), engine=engine.model_dump(), replicas=replicas, routing=routing,

@@ -91,7 +91,7 @@ class PolicyRequestQueue(RequestQueue):
 # %% ../nbs/08_scheduler.ipynb #c1c5aae3
 def make_cost(cfg: PARSConfig, scores: list[float], lengths: list[float]) -> Cost:
     "Tokens where a checkpoint has tables, else the score as it is."
-    if len(scores) < 2 or len(scores) != len(lengths):
+    if len(scores) < 2:
         return by_score
     return Tokens(scores, lengths, cfg.prefill_token)
 
@@ -238,6 +238,8 @@ def make_scorer(cfg: PARSConfig, model_config: Any) -> tuple[ScoreThread | None,
         log.warning("PARS: no usable ranker, serving FCFS: %s", e)
         return nothing
     meta, marks = ranker.meta, chat_marks(tok)
+    if len(meta.score_quantiles) != len(meta.length_quantiles):  # not tables of one ranker: scores as they are
+        meta = meta.model_copy(update=dict(score_quantiles=[], length_quantiles=[], work_shares=[]))
     log.info("PARS: ranker %s for %s in %s, τ_b %s", cfg.ranker, meta.target_model, ranker.backend, meta.metrics.get("tau_b"))
     if ranker.backend == "torch" and cfg.backend == "auto":
         log.warning("PARS: the ranker runs in PyTorch, beside the engine on its cores; `pars export` or `pars distill` make it many times cheaper")

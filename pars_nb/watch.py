@@ -29,7 +29,10 @@ class Trust:
     @property
     def recent(self) -> list[tuple[float, int]]:
         "The requests that are compared."
-        return [(s, n) for b in self.bins for when, s, n in b if when > self.count - self.stale]
+        return [r for b in self._fresh() for r in b]
+
+    def _fresh(self) -> list[list[tuple[float, int]]]:
+        return [[(s, n) for when, s, n in b if when > self.count - self.stale] for b in self.bins]
 
     def seen(self, score: float | None, length: int, quantile: float) -> bool:  # did the trust change?
         "A request has finished: its score, its real length in tokens, and where it stood in the predicted order, 0 to 1."
@@ -37,9 +40,12 @@ class Trust:
             return False
         self.bins[min(len(self.bins) - 1, int(quantile * len(self.bins)))].append((self.count, score, length))
         self.new, self.count = self.new + 1, self.count + 1
-        if self.new < self.every or len(recent := self.recent) < self.least or 4 * sum(map(bool, self.bins)) < 3 * len(self.bins):
+        if self.new < self.every:
             return False
-        self.new, before = 0, self.value
+        self.new, before, fresh = 0, self.value, self._fresh()
+        recent = [r for b in fresh for r in b]
+        if len(recent) < self.least or 4 * sum(map(bool, fresh)) < 3 * len(fresh):
+            return False
         self.tau = tau_b(*np.array(recent).T)
         if math.isfinite(self.tau) and self.floor > 0:
             self.value = min(4, max(0, math.floor(8 * (self.tau / self.floor - 0.5)))) / 4
