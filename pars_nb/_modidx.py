@@ -56,6 +56,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'pars_nb.calibrate._simulated': ('calibrate.html#_simulated', 'pars_nb/calibrate.py'),
                                    'pars_nb.calibrate.busy': ('calibrate.html#busy', 'pars_nb/calibrate.py'),
                                    'pars_nb.calibrate.calibrate': ('calibrate.html#calibrate', 'pars_nb/calibrate.py'),
+                                   'pars_nb.calibrate.faster': ('calibrate.html#faster', 'pars_nb/calibrate.py'),
                                    'pars_nb.calibrate.fit': ('calibrate.html#fit', 'pars_nb/calibrate.py'),
                                    'pars_nb.calibrate.load_engine': ('calibrate.html#load_engine', 'pars_nb/calibrate.py'),
                                    'pars_nb.calibrate.observations': ('calibrate.html#observations', 'pars_nb/calibrate.py'),

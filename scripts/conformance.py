@@ -40,7 +40,7 @@ _lib = torch.library.Library("torchvision", "DEF")
 for op in ("nms", "qnms"):
     _lib.define(op + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 """
-NEEDS = ["tblib", "setuptools-rust", "setuptools-scm", "semantic_version"]
+NEEDS = ["tblib", "setuptools-rust", "setuptools-scm", "vcs-versioning", "semantic_version"]
 
 LLAVA_VISION = dict(hidden_size=64, image_size=336, intermediate_size=128, model_type="clip_vision_model", num_attention_heads=4,
                     num_hidden_layers=2, patch_size=14, projection_dim=64, vocab_size=2048)

@@ -34,12 +34,21 @@ def write(name, **facts):
     (OUT / f"{name}.json").write_text(json.dumps(dict(command=command, machine=machine(), **facts), indent=1) + "\n")
 
 
+def pace(served):
+    "Requests a second until nine tenths are answered: what an engine serves that is never idle (the last ones run in a half-empty batch)."
+    done = sorted(s.last for s in served)
+    k = max(1, int(0.9 * len(done)))
+    return k / (done[k - 1] - min(s.arrival for s in served))
+
+
 @app.command()
 def load(ranker: Ranker, data: Data, trace: Trace, target: str | None = None, name: str = "", requests: int = 1000, burst: int = 2000,
          seeds: int = 5, rho: list[float] = [0.3, 0.7, 0.9, 1.1], max_tokens: int = 1024, scale: float = 1.0, max_num_seqs: int = 16,  # noqa: B006
-         student: Path | None = None, null: bool = False):
-    """Six queues (and one with a student's scores; and the control twice, to see the noise), recorded lengths (times `scale`), a burst
-    and the trace's arrivals stretched to each ρ; interleaved, in an order that rotates. ρ = 1 is the request throughput of the control
+         student: Path | None = None, null: bool = False, leave_out: list[str] = [],  # noqa: B006
+         streams: bool = True):
+    """The queues of `variants` and PARS twice more, with the scores sent by the clients and with everyone in the lane (and with a student's
+    scores; and the control twice, to see the noise), less those left out. Recorded lengths (times `scale`), a burst and the trace's
+    arrivals stretched to each ρ (`--no-streams`: only the burst); interleaved, in an order that rotates. ρ = 1 is the pace of the control
     in the burst (median over seeds)."""
     import pandas as pd
 
@@ -50,9 +59,11 @@ def load(ranker: Ranker, data: Data, trace: Trace, target: str | None = None, na
     gaps, queues, settings = np.diff(at), variants(str(ranker), priority=True), EngineSettings(max_num_seqs=max_num_seqs)
     if student:  # the same queue, with the cheap ranker in it
         queues["PARS (student)"] = variants(str(student))["PARS"]
+    queues["PARS, scores sent"] = variants(str(ranker), client_scores=True)["PARS"]
     queues["PARS, all go ahead"] = variants(str(ranker), express_share=1.0)["PARS"]
     if null:
         queues["FCFS (our class), again"] = queues[CONTROL]
+    queues, told = {k: v for k, v in queues.items() if k not in leave_out}, ("priority (stock), offline scores", "PARS, scores sent")
     known = dict(zip((r.prompt for r in records), facts.score([r.prompt for r in records]).tolist(), strict=True))
     name, rows, rates = name or data.stem, [], []
     def scored(w):
@@ -65,7 +76,7 @@ def load(ranker: Ranker, data: Data, trace: Trace, target: str | None = None, na
         for e in engines.values():
             e.run(scored(make_workload(records, 200, seed=999, max_tokens=max_tokens)))
         names = list(engines)
-        for what in ("burst", *rho):
+        for what in ("burst", *(rho if streams else ())):
             for seed in range(seeds):
                 if what == "burst":
                     w = make_workload(records, burst, seed=seed, max_tokens=max_tokens)
@@ -74,8 +85,9 @@ def load(ranker: Ranker, data: Data, trace: Trace, target: str | None = None, na
                     w = make_workload(records, n, what * float(np.median(rates)), 1000 + seed, max_tokens, f"azure ρ={what:g}", gaps)
                 w, k = scored(w), seed % len(names)
                 for q in names[k:] + names[:k]:
-                    s = summarise(engines[q].run(w if q.startswith("priority") else w.model_copy(update=dict(scores=[]))))
-                    rates += [s["request_throughput"]] if (q, what) == (CONTROL, "burst") else []
+                    served = engines[q].run(w if q in told else w.model_copy(update=dict(scores=[])))
+                    s = summarise(served)
+                    rates += [pace(served)] if (q, what) == (CONTROL, "burst") else []
                     rows.append(dict(queue=q, workload=w.name, seed=seed, tau_b=tau_b(np.array(w.scores), np.array(w.lengths)), **s))
                     print(f"{w.name:12} seed {seed} {q:34} NTPOT {s['mean_ntpot_ms']:8.1f} ms  p99 E2EL {s['p99_e2el_ms']:8.0f} ms  "
                           f"{s['duration']:5.1f} s", flush=True)
@@ -87,38 +99,32 @@ def load(ranker: Ranker, data: Data, trace: Trace, target: str | None = None, na
 
 
 @app.command()
-def harm(data: Data, trace: Trace, target: str | None = None, requests: int = 1500, seeds: int = 5, rho: float = 1.0, max_tokens: int = 1024,
-         max_num_seqs: int = 16):
-    """Useless and reversed scores, which the clients send: E2EL against FCFS of those who arrive in the second half, when the guard has
-    had its requests to judge by; and the same without a guard."""
+def harm(data: Data, target: str | None = None, requests: int = 1000, seeds: int = 5, max_tokens: int = 1024, max_num_seqs: int = 16):
+    """Useless and reversed scores, which the clients send: bursts, ratios to FCFS. A burst of half the size comes first, by which the guard
+    judges; and the same without a guard, without a guard and a lane, and in the shadow."""
     import pandas as pd
 
-    records, settings, rows, rates = unseen(data, target, None), EngineSettings(max_num_seqs=max_num_seqs), [], []
-    gaps = np.diff(np.sort(pd.read_parquet(trace).iloc[:, 0].pipe(seconds).to_numpy()))
-    def ours(**pars):
-        return dict(scheduler_cls="pars_nb.scheduler.PARSScheduler", additional_config=dict(pars=pars))
+    records, settings, rows = unseen(data, target, None), EngineSettings(max_num_seqs=max_num_seqs), []
     queues = {CONTROL: ours(policy="fcfs"), "PARS": ours(client_scores=True), "no guard": ours(client_scores=True, min_tau=0.0),
               "no guard, no lane": ours(client_scores=True, min_tau=0.0, express_share=1.0), "shadow": ours(client_scores=True, mode="shadow")}
+    def burst(n, kind, seed):
+        w, rng = make_workload(records, n, seed=seed, max_tokens=max_tokens, name=f"{kind} scores"), np.random.default_rng(seed)
+        return w.model_copy(update=dict(scores=rng.random(n).tolist() if kind == "random" else [-float(n) for n in w.lengths]))
     with ExitStack() as stack:
         OUT.mkdir(parents=True, exist_ok=True)
         engines = {k: stack.enter_context(engine(settings, v, OUT / f"engine-harm-{i}.log")) for i, (k, v) in enumerate(queues.items())}
         for e in engines.values():
             e.get()
-        for seed in range(3):
-            rates.append(summarise(engines[CONTROL].run(make_workload(records, requests, seed=seed, max_tokens=max_tokens)))["request_throughput"])
         names = list(engines)
         for kind in ("random", "reversed"):
+            for e in engines.values():
+                e.run(burst(requests // 2, kind, 999))
             for seed in range(seeds):
-                w = make_workload(records, requests, rho * float(np.median(rates)), seed, max_tokens, f"{kind} scores", gaps)
-                rng = np.random.default_rng(seed)
-                w = w.model_copy(update=dict(scores=rng.random(requests).tolist() if kind == "random" else [-float(n) for n in w.lengths]))
-                k = seed % len(names)
-                for q in names[k:] + names[:k]:
-                    served = engines[q].run(w)
-                    late = summarise(sorted(served, key=lambda o: o.arrival)[requests // 2:])
-                    rows.append(dict(queue=q, workload=w.name, seed=seed, **late))
-                    print(f"{w.name:16} seed {seed} {q:18} mean E2EL {late['mean_e2el_ms']:8.0f} p99 {late['p99_e2el_ms']:8.0f} ms", flush=True)
-    write("harm", requests=requests, rho=rho, summary=json.loads(table(pd.DataFrame(rows)).to_json(orient="records")), runs=rows)
+                for q in names[seed % len(names):] + names[: seed % len(names)]:
+                    s = summarise(engines[q].run(burst(requests, kind, seed)))
+                    rows.append(dict(queue=q, workload=f"{kind} scores", seed=seed, **s))
+                    print(f"{kind:9} seed {seed} {q:18} mean E2EL {s['mean_e2el_ms']:8.0f} p99 {s['p99_e2el_ms']:8.0f} ms", flush=True)
+    write("harm", requests=requests, summary=json.loads(table(pd.DataFrame(rows)).to_json(orient="records")), runs=rows)
     for f in OUT.glob("engine-harm-*.log"):
         f.unlink()
 
@@ -132,8 +138,8 @@ def seconds(column):
     return (pd.to_datetime(column) - pd.to_datetime(column).min()).dt.total_seconds()
 
 
-def scheduler_of(kind, waiting):
-    "A scheduler without an engine: vLLM's, or ours with scores that come with the requests."
+def scheduler_of(seqs=64, tokens=8192, block_size=16, blocks=20_000, scheduler_cls=None, scheduling_policy="fcfs", additional_config=None):
+    "vLLM's scheduler, or ours (`scheduler_cls`), without an engine."
     import torch
     from vllm.config import CacheConfig, ModelConfig, ParallelConfig, SchedulerConfig, VllmConfig
     from vllm.v1.core.sched.scheduler import Scheduler
@@ -145,19 +151,25 @@ def scheduler_of(kind, waiting):
     from pars_nb.tiny import tiny_llm
 
     model = ModelConfig(model=str(tiny_llm()), dtype="float32")
-    policy = "priority" if kind == "priority (stock)" else "fcfs"
-    sched = SchedulerConfig(max_num_seqs=64, max_num_batched_tokens=8192, max_model_len=model.max_model_len, policy=policy,
+    sched = SchedulerConfig(max_num_seqs=seqs, max_num_batched_tokens=tokens, max_model_len=model.max_model_len, policy=scheduling_policy,
                             is_encoder_decoder=False, async_scheduling=False)
-    cache = CacheConfig(block_size=16, enable_prefix_caching=True)
-    pars = dict(policy="fcfs") if kind == "FCFS (our class)" else dict(client_scores=True)
+    cache = CacheConfig(block_size=block_size, enable_prefix_caching=True)
     cfg = VllmConfig(model_config=model, scheduler_config=sched, cache_config=cache, parallel_config=ParallelConfig(),
-                     additional_config=dict(pars=pars))
-    spec = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=1, dtype=torch.float32)
-    kv = KVCacheConfig(num_blocks=20_000, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)])
-    cache.num_gpu_blocks = 20_000
+                     additional_config=additional_config or {})
+    spec = FullAttentionSpec(block_size=block_size, num_kv_heads=1, head_size=1, dtype=torch.float32)
+    kv = KVCacheConfig(num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)])
+    cache.num_gpu_blocks = blocks
     register_all_kvcache_specs(cfg)
-    cls = Scheduler if "stock" in kind else PARSScheduler
-    return cls(vllm_config=cfg, kv_cache_config=kv, block_size=16, log_stats=True, structured_output_manager=StructuredOutputManager(cfg))
+    cls = PARSScheduler if scheduler_cls else Scheduler
+    return cls(vllm_config=cfg, kv_cache_config=kv, block_size=block_size, log_stats=True, structured_output_manager=StructuredOutputManager(cfg))
+
+
+def ours(**pars):
+    "Engine arguments of our class with these settings."
+    return dict(scheduler_cls="pars_nb.scheduler.PARSScheduler", additional_config=dict(pars=pars))
+
+
+KINDS = {"FCFS (stock)": {}, "priority (stock)": dict(scheduling_policy="priority"), CONTROL: ours(policy="fcfs"), "PARS": ours(client_scores=True)}
 
 
 def step_cost(kind, waiting, steps, seed):
@@ -169,7 +181,7 @@ def step_cost(kind, waiting, steps, seed):
     from vllm.utils.hashing import sha256
 
     init_none_hash(sha256)
-    rng, s, hasher = np.random.default_rng(seed), scheduler_of(kind, waiting), get_request_block_hasher(16, sha256)
+    rng, s, hasher = np.random.default_rng(seed), scheduler_of(**KINDS[kind]), get_request_block_hasher(16, sha256)
     def request(i):
         x = rng.lognormal(4, 1)
         p = SamplingParams(max_tokens=8, ignore_eos=True, extra_args={"pars_score": float(x)})
@@ -202,7 +214,7 @@ def steps(steps: int = 60, seeds: int = 5):
     rows = []
     for waiting in (100, 1000, 10_000, 100_000):
         for seed in range(seeds):
-            for kind in ("FCFS (stock)", "priority (stock)", "FCFS (our class)", "PARS"):
+            for kind in KINDS:
                 step, join = step_cost(kind, waiting, steps, seed)
                 rows.append(dict(queue=kind, waiting=waiting, seed=seed, step_us=step, join_us=join))
                 print(rows[-1], flush=True)
