@@ -1,8 +1,8 @@
 """vLLM's own scheduler on a nominal clock: every step takes what a calibrated engine model says, so no noise of a machine is in it, and
 a load near 1 can be measured. All of vLLM's scheduling and all of ours is real, the scorer thread too; the model is left out (its tokens
-do not matter where lengths are forced). Writes results/serving/clocked.json.
+do not matter where lengths are forced). `loads` writes results/serving/clocked-NAME.json, `harm` clocked-harm.json.
 
-    python scripts/clocked.py --ranker runs/real/alpaca_davinci003_student --data ../shared/data/alpaca_davinci003.parquet \\
+    python scripts/clocked.py loads --ranker runs/real/alpaca_davinci003_student --data ../shared/data/alpaca_davinci003.parquet \\
         --trace ../shared/data/trace_azure2023_conv.parquet --engine results/arena/engine_cpu.json
 """
 import json
@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pandas as pd
 import typer
-from serving import CONTROL, Data, Ranker, Trace, pace, scheduler_of, seconds, write
+from serving import CONTROL, Data, Ranker, Trace, ours, pace, scheduler_of, seconds, write
 
 from pars_nb.backends import load_backend
 from pars_nb.bench import make_workload, render, table, variants
@@ -59,19 +59,40 @@ def play(s, w, ids, m, told, hasher):
     return [Served(arrival=w.arrivals[j], first=first[j], last=last[j], output_tokens=w.lengths[j], prompt_tokens=len(ids[j])) for j in range(n)]
 
 
-def main(ranker: Ranker, data: Data, trace: Trace, engine: Data, target: str | None = None, requests: int = 2000, burst: int = 2000, seeds: int = 5,
-         rho: list[float] = [0.3, 0.7, 0.9, 1.0, 1.1, 1.3], max_tokens: int = 1024):  # noqa: B006
+class Clock:
+    "An engine model, and what all plays share."
+
+    def __init__(self, engine, trace):
+        from transformers import AutoTokenizer
+        from vllm.utils.hashing import sha256
+        from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+
+        from pars_nb.tiny import tiny_llm
+
+        init_none_hash(sha256)
+        self.m, self.tok = load_engine(engine), AutoTokenizer.from_pretrained(tiny_llm())
+        self.hasher = get_request_block_hasher(self.m.block_size, sha256)
+        self.gaps = np.diff(np.sort(pd.read_parquet(trace).iloc[:, 0].pipe(seconds).to_numpy()))
+
+    def run(self, w, variant, told=""):
+        "A fresh scheduler plays the workload."
+        s = scheduler_of(self.m.max_num_seqs, self.m.max_num_batched_tokens, self.m.block_size, **variant)
+        served = play(s, w, self.ids(w), self.m, told or variant.get("scheduling_policy", ""), self.hasher)
+        s.shutdown()
+        return served
+
+    def ids(self, w):
+        return [render(self.tok, p) for p in w.prompts]
+
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def loads(ranker: Ranker, data: Data, trace: Trace, engine: Data, target: str | None = None, name: str = "", requests: int = 1500,
+          burst: int = 2000, seeds: int = 5, rho: list[float] = [0.3, 0.7, 0.9, 1.0, 1.1, 1.3], max_tokens: int = 1024):  # noqa: B006
     "Every queue at every load; and the simulator beside vLLM's scheduler, for FCFS and the oracle."
-    from vllm.utils.hashing import sha256
-    from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-
-    from pars_nb.tiny import tiny_llm
-    from transformers import AutoTokenizer
-
-    init_none_hash(sha256)
-    m, records, facts = load_engine(engine), unseen(data, target, ranker), load_backend(ranker, "torch")
-    tok, hasher, rows, rates = AutoTokenizer.from_pretrained(tiny_llm()), get_request_block_hasher(m.block_size, sha256), [], []
-    gaps = np.diff(np.sort(pd.read_parquet(trace).iloc[:, 0].pipe(seconds).to_numpy()))
+    c, records, facts, rows, rates = Clock(engine, trace), unseen(data, target, ranker), load_backend(ranker, "torch"), [], []
     queues = variants(str(ranker), priority=True) | {"PARS, all go ahead": variants(str(ranker), express_share=1.0)["PARS"]}
     simulated = {CONTROL: FCFS(), "Oracle SJF": SJF()}
     for what in ("burst", *rho):
@@ -79,23 +100,45 @@ def main(ranker: Ranker, data: Data, trace: Trace, engine: Data, target: str | N
             if what == "burst":
                 w = make_workload(records, burst, seed=seed, max_tokens=max_tokens)
             else:
-                w = make_workload(records, requests, what * float(np.median(rates)), 1000 + seed, max_tokens, f"azure ρ={what:g}", gaps)
-            ids, scores, true = [render(tok, p) for p in w.prompts], facts.score(w.prompts).tolist(), [float(x) for x in w.lengths]
+                w = make_workload(records, requests, what * float(np.median(rates)), 1000 + seed, max_tokens, f"azure ρ={what:g}", c.gaps)
+            scores, true = facts.score(w.prompts).tolist(), [float(x) for x in w.lengths]
             for q, v in queues.items():
-                told, told_what = ("score", true) if q == "Oracle SJF" else (v.get("scheduling_policy", ""), scores)
-                s = scheduler_of(m.max_num_seqs, m.max_num_batched_tokens, m.block_size, **v)
-                served = play(s, w.model_copy(update=dict(scores=told_what)), ids, m, told, hasher)
-                s.shutdown()
+                oracle = q == "Oracle SJF"
+                served = c.run(w.model_copy(update=dict(scores=true if oracle else scores)), v, "score" if oracle else "")
                 rates += [pace(served)] if (q, what) == (CONTROL, "burst") else []
-                rows.append(dict(queue=q, workload=w.name, seed=seed, tau_b=tau_b(np.array(scores), np.array(w.lengths)), **summarise(served)))
+                rows.append(dict(queue=q, workload=w.name, seed=seed, tau_b=tau_b(np.array(scores), np.array(true)), **summarise(served)))
                 print(f"{w.name:12} seed {seed} {q:34} NTPOT {rows[-1]['mean_ntpot_ms']:8.2f} ms  p99 E2EL {rows[-1]['p99_e2el_ms']:8.0f} ms",
                       flush=True)
-            r = Requests(np.array(w.arrivals), np.array([len(x) for x in ids]), np.array(w.lengths), np.array(true))
-            rows += [dict(queue=f"{q}, simulated", workload=w.name, seed=seed, **summarise(simulate(r, m, p).served())) for q, p in simulated.items()]
-        write("clocked", requests=requests, burst=burst, engine=m.model_dump(), ranker=facts.meta.metrics,
+            r = Requests(np.array(w.arrivals), np.array([x.prompt_tokens for x in served]), np.array(w.lengths), np.array(true))
+            for q, p in simulated.items():
+                rows.append(dict(queue=f"{q}, simulated", workload=w.name, seed=seed, **summarise(simulate(r, c.m, p).served())))
+        write(f"clocked-{name or data.stem}", requests=requests, burst=burst, engine=c.m.model_dump(), ranker=facts.meta.metrics,
               summary=json.loads(table(pd.DataFrame(rows)).to_json(orient="records")), runs=rows)
+
+
+@app.command()
+def harm(data: Data, trace: Trace, engine: Data, target: str | None = None, requests: int = 2000, seeds: int = 5,
+         rho: list[float] = [0.9, 1.1], max_tokens: int = 1024):  # noqa: B006
+    "Useless and reversed scores, which the clients send: those who come in the second half, when the guard has had its requests to judge by."
+    c, records, rows = Clock(engine, trace), unseen(data, target, None), []
+    queues = {CONTROL: ours(policy="fcfs"), "PARS": ours(client_scores=True), "no guard": ours(client_scores=True, min_tau=0.0),
+              "no guard, no lane": ours(client_scores=True, min_tau=0.0, express_share=1.0), "shadow": ours(client_scores=True, mode="shadow")}
+    w = make_workload(records, requests, seed=0, max_tokens=max_tokens)
+    rate = pace(c.run(w.model_copy(update=dict(scores=[0.0] * requests)), queues[CONTROL]))
+    for load in rho:
+        for kind in ("random", "reversed"):
+            for seed in range(seeds):
+                w = make_workload(records, requests, load * rate, seed, max_tokens, f"{kind} scores, ρ={load:g}", c.gaps)
+                scores = np.random.default_rng(seed).random(requests) if kind == "random" else -np.array(w.lengths, float)
+                for q, v in queues.items():
+                    served = c.run(w.model_copy(update=dict(scores=scores.tolist())), v, "score")
+                    late = summarise(sorted(served, key=lambda o: o.arrival)[requests // 2:])
+                    rows.append(dict(queue=q, workload=w.name, seed=seed, **late))
+                    print(f"{w.name:24} seed {seed} {q:18} mean E2EL {late['mean_e2el_ms']:8.0f} p99 {late['p99_e2el_ms']:8.0f} ms", flush=True)
+    write("clocked-harm", requests=requests, engine=c.m.model_dump(), summary=json.loads(table(pd.DataFrame(rows)).to_json(orient="records")),
+          runs=rows)
 
 
 if __name__ == "__main__":
     quiet_transformers()
-    typer.run(main)
+    app()

@@ -30,7 +30,7 @@ Trace = Annotated[Path, typer.Option(help="recorded arrivals: its first column")
 def write(name, **facts):
     "One JSON per command: the command, the machine, and what came out."
     OUT.mkdir(parents=True, exist_ok=True)
-    command = shlex.join(["python", "scripts/serving.py", *sys.argv[1:]])
+    command = shlex.join(["python", f"scripts/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     (OUT / f"{name}.json").write_text(json.dumps(dict(command=command, machine=machine(), **facts), indent=1) + "\n")
 
 
