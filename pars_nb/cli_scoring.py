@@ -135,7 +135,7 @@ def calibrate(
     blocks: Annotated[int, typer.Option(help="KV blocks of the engine, as vLLM logs them (GPU blocks).")] = 100_000,
     name: Annotated[str, typer.Option(help="What to call this engine in reports.")] = "this engine",
 ) -> None:
-    """Probe a real engine for a minute, and fit the four numbers that the simulator needs.
+    """Probe a real engine for some minutes, idle and busy, and fit the four numbers that the simulator needs.
 
     [dim]pars calibrate --model my-llm --max-num-seqs 64 --out engine.json[/]
     """
@@ -152,7 +152,8 @@ def calibrate(
     out.write_text(c.model_dump_json(indent=1) + "\n")
     console.print(f"a step takes {1e3 * c.base_s:.2f} ms, + {1e6 * c.prefill_s:.1f} µs a prompt token, + {1e6 * c.decode_s:.1f} µs a sequence, "
                   f"+ {1e9 * c.kv_s:.1f} ns a token of context", soft_wrap=True)
-    console.print(f"the fit is off by {c.error_median:.1%} (median), {c.error_max:.1%} (most)")
+    console.print(f"the fit is off by {c.error_median:.1%} (median), {c.error_max:.1%} (most); busy, a step takes {c.busy:.2f} of what the idle "
+                  f"engine's probes say (counted in), and a request spends {1e3 * c.overhead_s:.1f} ms outside of steps", soft_wrap=True)
     console.print(f"→ {out}; next: [bold]pars advise --engine {out} --trace my-trace.parquet[/]", soft_wrap=True)
 
 # %% ../nbs/16_cli_scoring.ipynb #e0c480f3

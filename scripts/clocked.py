@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pandas as pd
 import typer
+from arena import Learning
 from serving import CONTROL, Data, Ranker, Trace, ours, pace, scheduler_of, seconds, write
 
 from pars_nb.backends import load_backend
@@ -18,7 +19,7 @@ from pars_nb.bench import make_workload, render, table, variants
 from pars_nb.calibrate import load_engine
 from pars_nb.cli import quiet_transformers, unseen
 from pars_nb.metrics import Served, summarise, tau_b
-from pars_nb.policy import FCFS, SJF
+from pars_nb.policy import FCFS, PARS, SJF, Express, Scale, Tokens
 from pars_nb.simulate import Requests, simulate
 
 
@@ -114,6 +115,34 @@ def loads(ranker: Ranker, data: Data, trace: Trace, engine: Data, target: str | 
                 rows.append(dict(queue=f"{q}, simulated", workload=w.name, seed=seed, **summarise(simulate(r, c.m, p).served())))
         write(f"clocked-{name or data.stem}", requests=requests, burst=burst, engine=c.m.model_dump(), ranker=facts.meta.metrics,
               summary=json.loads(table(pd.DataFrame(rows)).to_json(orient="records")), runs=rows)
+
+
+@app.command()
+def beside(ranker: Ranker, data: Data, trace: Trace, engine: Data, target: str | None = None, requests: int = 600, seeds: int = 3,
+           rho: list[float] = [0.5, 0.8, 1.0, 1.3], max_tokens: int = 1024):  # noqa: B006
+    "The simulator beside vLLM's scheduler, on one clock: the same requests in both, for three orders at four loads."
+    c, records, rk, rows = Clock(engine, trace), unseen(data, target, ranker), load_backend(ranker, "torch"), []
+    at, lengths = rk.meta.score_quantiles, rk.meta.length_quantiles
+    queues = {k: v for k, v in variants(str(ranker)).items() if "stock" not in k}
+    def pars(r):  # as the scheduler starts
+        share = Express(0.1, rk.meta.work_shares)
+        return Learning(PARS(Scale(lengths), 60.0, Tokens(at, lengths, 0.1), share.quantile), r.output, share, 150)
+    for seed in range(seeds):
+        w = make_workload(records, requests, seed=seed, max_tokens=max_tokens)
+        rate = pace(c.run(w.model_copy(update=dict(scores=[0.0] * requests)), queues[CONTROL]))
+        for load in rho:
+            w = make_workload(records, requests, load * rate, seed, max_tokens, f"ρ={load:g}", c.gaps)
+            true, scores = [float(x) for x in w.lengths], rk.score(w.prompts).astype(float)
+            for q, v in queues.items():
+                oracle = q == "Oracle SJF"
+                served = c.run(w.model_copy(update=dict(scores=true if oracle else scores.tolist())), v, "score" if oracle else "")
+                r = Requests(np.array(w.arrivals), np.array([x.prompt_tokens for x in served]), np.array(w.lengths),
+                             np.array(true if oracle else scores))
+                sim = summarise(simulate(r, c.m, {CONTROL: FCFS(), "Oracle SJF": SJF()}.get(q) or pars(r)).served())
+                rows.append(dict(queue=q, load=load, seed=seed, **{f"{k}_{side}": x[k] for side, x in (("real", summarise(served)), ("sim", sim))
+                                 for k in ("mean_ntpot_ms", "mean_ttft_ms", "p99_e2el_ms", "duration")}))
+                print({k: round(x, 2) if isinstance(x, float) else x for k, x in rows[-1].items()}, flush=True)
+    write("clocked-simulated", requests=requests, engine=c.m.model_dump(), rows=rows)
 
 
 @app.command()
