@@ -95,7 +95,7 @@ def _simulated(w: Workload, served: Sequence[Served], m: EngineModel) -> pd.Data
     real = pd.DataFrame([dict(first=x.first - start, last=x.last - start) for x in served])
     return real.assign(first_sim=s.first, last_sim=s.last)
 
-
+# %% ../nbs/18_calibrate.ipynb #284e5498
 def faster(m: Calibration, run: Callable[[Workload], Sequence[Served]], repeats: int = 3) -> Calibration:
     "The calibration with the step time of the busy engine: median over repeats."
     def spell(done: pd.Series) -> float: return float(done.quantile(0.9) - done.quantile(0.1))  # no constant is in it

@@ -1,6 +1,7 @@
 """vLLM's own scheduler on a nominal clock: every step takes what a calibrated engine model says, so no noise of a machine is in it, and
 a load near 1 can be measured. All of vLLM's scheduling and all of ours is real, the scorer thread too; the model is left out (its tokens
-do not matter where lengths are forced). `loads` writes results/serving/clocked-NAME.json, `harm` clocked-harm.json.
+do not matter where lengths are forced). Each command writes results/serving/clocked-….json:
+`loads` every queue at every load, `beside` the simulator against vLLM's scheduler, `harm` wrong scores.
 
     python scripts/clocked.py loads --ranker runs/real/alpaca_davinci003_student --data ../shared/data/alpaca_davinci003.parquet \\
         --trace ../shared/data/trace_azure2023_conv.parquet --engine results/arena/engine_cpu.json
