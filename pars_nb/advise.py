@@ -22,7 +22,8 @@ import seaborn as sns
 from scipy.stats import norm, rankdata
 
 from .errors import DataError
-from .policy import FCFS, PARS, Policy, SJF, Scale, express_quantile
+from .lane import express_quantile
+from .policy import FCFS, PARS, Policy, SJF, Scale
 from .simulate import EngineModel, Requests, Simulated, simulate
 from .moved import forwards
 

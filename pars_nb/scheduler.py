@@ -16,23 +16,10 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 
-from pars_nb.policy import (
-    Cost,
-    Express,
-    FCFS,
-    HRRN,
-    PARS,
-    Policy,
-    PolicyQueue,
-    SJF,
-    Scale,
-    Threshold,
-    Ticket,
-    Tokens,
-    by_score,
-    gittins_factor,
-    tail_factor,
-)
+from .cost import Cost, Ticket, Tokens, by_score, gittins_factor, tail_factor
+from .lane import Express
+from .policy import FCFS, HRRN, PARS, Policy, SJF, Scale, Threshold
+from .waiting import PolicyQueue
 from .card import RankerMeta
 from .card import Cap
 from .chat import chat_marks, last_user_turn

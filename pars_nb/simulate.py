@@ -15,7 +15,8 @@ from pydantic import BaseModel, Field
 from .errors import DataError
 from .events import Limits, ROUTING, World, drive
 from .latency import Served
-from .policy import FCFS, Policy, Ticket
+from .cost import Ticket
+from .policy import FCFS, Policy
 
 # %% ../nbs/09_simulate.ipynb #b13c0c5b
 class EngineModel(BaseModel, frozen=True, extra="forbid"):

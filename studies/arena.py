@@ -28,21 +28,9 @@ from pars_nb.calibrate import calibrate, faster, load_engine
 from pars_nb.loop import unseen
 from pars_nb.records import read
 from pars_nb.latency import summarise
-from pars_nb.policy import (
-    Cost,
-    Express,
-    FCFS,
-    HRRN,
-    PARS,
-    SJF,
-    Scale,
-    Spread,
-    Threshold,
-    Ticket,
-    Tokens,
-    by_score,
-    express_quantile,
-)
+from pars_nb.cost import Cost, Spread, Ticket, Tokens, by_score
+from pars_nb.lane import Express, express_quantile
+from pars_nb.policy import FCFS, HRRN, PARS, SJF, Scale, Threshold
 from pars_nb.card import RankerMeta
 from pars_nb.simulate import Requests, Simulated, capacity, simulate
 

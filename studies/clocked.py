@@ -24,7 +24,9 @@ from pars_nb.console import quiet_transformers
 from pars_nb.loop import unseen
 from pars_nb.latency import Served, summarise
 from pars_nb.order import tau_b
-from pars_nb.policy import Express, FCFS, PARS, SJF, Scale, Tokens
+from pars_nb.cost import Tokens
+from pars_nb.lane import Express
+from pars_nb.policy import FCFS, PARS, SJF, Scale
 from pars_nb.simulate import Requests, simulate
 
 
