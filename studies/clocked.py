@@ -8,6 +8,7 @@ do not matter where lengths are forced). Each command writes results/serving/clo
 """
 import json
 import time
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -107,9 +108,10 @@ def loads(ranker: Ranker, data: Data, trace: Trace, engine: EngineFile, target: 
     rates: list[float] = []
     queues = variants(str(ranker), priority=True) | {"PARS, all go ahead": variants(str(ranker), express_share=1.0)["PARS"]}
     simulated: dict[str, Policy] = {CONTROL: FCFS(), "Oracle SJF": SJF()}
-    for what in ("burst", *rho):
+    whats: list[Any] = ["burst", *rho]
+    for what in whats:
         for seed in range(seeds):
-            if isinstance(what, str):
+            if what == "burst":
                 w = make_workload(records, burst, seed=seed, max_tokens=max_tokens)
             else:
                 w = make_workload(records, requests, what * float(np.median(rates)), 1000 + seed, max_tokens, f"azure ρ={what:g}", c.gaps)
