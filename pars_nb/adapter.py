@@ -154,7 +154,7 @@ class _Skipped(_Part):
     def __iter__(self) -> Iterator[Any]:
         return iter([*self.holders, *super().__iter__()])
 
-# %% ../nbs/28_adapter.ipynb #bb94d0f6
+# %% ../nbs/28_adapter.ipynb #777e07b1
 LAYOUTS = [{"waiting"}, {"waiting", "kv_holding_waiting"}, {"waiting", "skipped_waiting"}]
 USED = dict(  # whose attributes the scheduler and its queue rely on
     scheduler=["waiting", "running", "requests", "scheduler_config", "vllm_config", "parallel_config", "kv_cache_manager",
@@ -167,7 +167,7 @@ USED = dict(  # whose attributes the scheduler and its queue rely on
 
 def names_of(cls: type) -> set[str]:
     "Names of a class and of what its constructor sets, without making an object of it."
-    code = getattr(cls.__init__, "__code__", None)
+    code = getattr(vars(cls).get("__init__"), "__code__", None)
     return {*dir(cls), *getattr(cls, "__annotations__", ()), *(code.co_names if code else ())}
 
 
