@@ -15,41 +15,20 @@ from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, Field, ValidationError
-
-<<<<<<< HEAD
-from .cost import Cost, Ticket, Tokens, by_score, gittins_factor, tail_factor
-from .lane import Express
-from .policy import FCFS, HRRN, PARS, Policy, SJF, Scale, Threshold
-from .waiting import PolicyQueue
-=======
-from pars_nb.policy import (
-    Cost,
-    Express,
-    FCFS,
-    HRRN,
-    PARS,
-    Policy,
-    PolicyQueue,
-    SJF,
-    Scale,
-    Threshold,
-    Ticket,
-    Tokens,
-    by_score,
-    gittins_factor,
-    tail_factor,
-)
-from .adapter import follow_async, take_over
->>>>>>> versions
-from .card import RankerMeta
-from .card import Cap
-from .chat import chat_marks, last_user_turn
-from .score import ScoreThread
-from .meters import Meters
-from .trust import Trust
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.request import Request, RequestStatus
+
+from .adapter import follow_async, take_over
+from .card import Cap, RankerMeta
+from .chat import chat_marks, last_user_turn
+from .cost import Cost, Ticket, Tokens, by_score, gittins_factor, tail_factor
+from .lane import Express
+from .meters import Meters
 from .moved import forwards
+from .policy import FCFS, HRRN, PARS, SJF, Policy, Scale, Threshold
+from .score import ScoreThread
+from .trust import Trust
+from .waiting import PolicyQueue
 
 # %% ../nbs/29_scheduler.ipynb #d6a69031
 log = logging.getLogger("vllm.pars_nb")

@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 from pydantic import BaseModel, Field
 
-from .errors import DataError
-from .events import Limits, ROUTING, drive, new_world
-from .latency import Served
 from .cost import Ticket
+from .errors import DataError
+from .events import ROUTING, Limits, drive, new_world
+from .latency import Served
 from .policy import FCFS, Policy
 
 # %% ../nbs/33_simulate.ipynb #fe172976
