@@ -595,7 +595,7 @@ class Learner:
     ) -> None:
         self.settings = dict(target=target, state=None if state is None else str(state), name=name, floor=floor)
         self.verdict, self.dropped, self.stale_s = Verdict(None, None, {}), 0, stale_s
-        self.core = _start_core(self.settings, None) if not process else None
+        self.core = _start_core(self.settings) if not process else None
         self.changed = False
         self.child = None if self.core else Child(self.settings | dict(share=share), most_waiting)
 
@@ -660,14 +660,16 @@ class Learner:
             self.child.close()
 
 # %% ../nbs/25_learner.ipynb #b9950528
-def _start_core(settings: dict[str, Any], base: Model | None, share: float | None = None) -> Core:
-    "A core with the tables in the state's folder, or with `base`."
-    path = Path(settings["state"] or "") / f"{settings['name']}.safetensors"
-    if base is None and settings["state"] and path.exists():
+def _start_core(settings: dict[str, Any], share: float | None = None, fresh: bool = True) -> Core:
+    "A core, with the tables in the state's folder when it is `fresh`; a state of another target stays as it is, and none is written."
+    base, path = None, Path(settings["state"] or "") / f"{settings['name']}.safetensors"
+    if fresh and settings["state"] and path.exists():
         try:
-            base, _ = load(path, settings["target"])
+            base, _ = load(path)
+            load(path, settings["target"])
         except DataError as e:
             log.warning("PARS: %s", e)
+            settings["state"], base = None if base is not None else settings["state"], None
     return Core(settings["floor"], base, share)
 
 
@@ -685,8 +687,8 @@ def serve(fd: int) -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     pipe, parent = Connection(fd), os.getppid()
-    settings, base, rows = pipe.recv()
-    core, saved = _start_core(settings, base, settings["share"]), time.monotonic()
+    settings, rows = pipe.recv()
+    core, saved = _start_core(settings, settings["share"], fresh=not rows), time.monotonic()
     news, told, quiet = core.see(rows), 0, 0.0
     while os.getppid() == parent:
         try:
@@ -768,7 +770,7 @@ class Child:
         self.process = subprocess.Popen(["nice", "-n", "10", sys.executable, "-c", code], pass_fds=[theirs.fileno()], env=env,
                                         stdin=subprocess.DEVNULL, start_new_session=True)
         theirs.close()
-        ours.send((self.settings, self.latest.model, list(self.lately)))
+        ours.send((self.settings, list(self.lately)))
         threading.Thread(target=self._listen, args=(ours,), name="pars-learned", daemon=True).start()
         while not self.ended and self.alive:
             self.wake.wait(0.5)
