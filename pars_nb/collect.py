@@ -21,8 +21,8 @@ from pydantic import BaseModel, Field
 from tqdm.auto import tqdm
 
 from .errors import CollectError, DataError
-from .records import prompt_hash
 from .moved import forwards
+from .records import prompt_hash
 
 # %% ../nbs/03_collect.ipynb #ef7ad50b
 class Ask(BaseModel, extra="forbid"):

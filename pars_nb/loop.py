@@ -44,8 +44,8 @@ def collect(
     from pydantic import ValidationError
 
     from pars_nb.collect import Ask, read_prompts
-    from pars_nb.errors import CollectError
     from pars_nb.collect import collect as ask_all
+    from pars_nb.errors import CollectError
 
     try:
         ask = Ask.model_validate(dict(base_url=base_url, model=model, api=api, runs=runs, temperature=temperature, top_p=top_p,
@@ -112,8 +112,8 @@ def evaluate(
     """
     from pars_nb.backends import open_ranker
     from pars_nb.errors import DataError
-    from pars_nb.records import read, split
     from pars_nb.order import ranking_report
+    from pars_nb.records import read, split
 
     r, records = open_ranker(ranker, "torch"), read(data, target)
     records = records if all_prompts else split(records, seed=r.meta.seed)[2]

@@ -138,8 +138,8 @@ def calibrate(
     """
     import tempfile
 
-    from pars_nb.engine import EngineSettings, engine
     from pars_nb.calibrate import calibrate as probe
+    from pars_nb.engine import EngineSettings, engine
 
     settings = EngineSettings(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, max_model_len=max_model_len,
                               **({"model": model} if model else {}))
@@ -178,8 +178,8 @@ def advise(
 
     from pars_nb.advise import advise as ask
     from pars_nb.advise import to_html
-    from pars_nb.trace import read_trace
     from pars_nb.calibrate import load_engine
+    from pars_nb.trace import read_trace
 
     if (trace is None) == (metrics_url is None):
         raise DataError("give --trace or --metrics-url (one of them)")

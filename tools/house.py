@@ -18,7 +18,7 @@ def rooms():
     out = {}
     for path in sorted((ROOT / "nbs").glob("[0-9]*.ipynb")):
         text = path.read_text(encoding="utf-8")
-        if found := re.search(r"#\\| ?default_exp (\\w+)", text):
+        if found := re.search(r"#\| ?default_exp (\w+)", text):
             out[found.group(1)] = int(path.name[:2]), ROOT / f"pars_nb/{found.group(1)}.py"
     return out
 
