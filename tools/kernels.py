@@ -5,6 +5,7 @@
 Cells flagged `slow` are left out; `cuda` and `notest` cells run, because they must say in one line what they miss, and go on.
 """
 import os
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,11 +15,13 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 ROOT = Path(__file__).resolve().parent.parent
-ENGINES = ("serving(", "LLM(", "with engine(", "run_bench(", "AsyncLLM", "fleet")  # a notebook with one of these starts an engine
+STARTS = re.compile(r"^\s*(?!def |class ).*(\bserving\(|\bLLM\(|with engine\(|run_bench\(|ray\.init\(|\bserver\()", re.MULTILINE)
 
 
 def starts_an_engine(path):
-    return any(mark in path.read_text(encoding="utf-8") for mark in ENGINES)
+    "Does a cell of this notebook, other than an exported or a slow one, start vLLM or Ray?"
+    cells = (c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code")
+    return any(STARTS.search(s) for s in cells if not s.startswith(("#| export", "#| slow", "#| cuda", "#| notest")))
 
 
 def run(path):
