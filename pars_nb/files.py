@@ -113,18 +113,19 @@ def _delimiter(header: str) -> str:
 
 
 def _csv_rows(name: str, text: Iterator[tuple[int, str]]) -> Iterator[Row]:
-    header = next((t for _, t in text if t.strip()), None)
+    at = [0]
+    seen = _watched(text, at)
+    header = next((t for t in seen if t.strip()), None)
     if header is None:
         raise DataError(f"{name} is empty; it needs a line with the columns' names, and rows")
     delimiter = header.strip()[4:] if re.fullmatch(r"sep=\S", header.strip()) else ""  # Excel's own first line
     if delimiter:
-        header = next((t for _, t in text if t.strip()), "")
+        header = next((t for t in seen if t.strip()), "")
     columns = [c.strip() for c in next(csv.reader([header], delimiter=delimiter or _delimiter(header)), [])]
     if twice := {c for c in columns if columns.count(c) > 1}:
         raise DataError(f"{name}: two columns are called {sorted(twice)}; rename one")
     csv.field_size_limit(2**31 - 1)  # a prompt may be long
-    at = [0]
-    reader = csv.reader(_watched(text, at), delimiter=delimiter or _delimiter(header), strict=True)
+    reader = csv.reader(seen, delimiter=delimiter or _delimiter(header), strict=True)
     yield from _fields(name, reader, columns, at)
 
 
@@ -147,9 +148,9 @@ def _fields(name: str, reader: Iterator[list[str]], columns: list[str], at: list
         if not fields:
             continue  # a blank line
         if len(fields) != len(columns):
-            raise DataError(f"{name}: row {number} (line {at[0]}) has {len(fields)} fields, and there are {len(columns)} columns; "
+            raise DataError(f"{name}: row {number} (line {begins}) has {len(fields)} fields, and there are {len(columns)} columns; "
                             "put quotes around text that holds the delimiter")
-        yield Row(number, at[0] if begins > at[0] else begins, dict(zip(columns, fields, strict=True)), name)
+        yield Row(number, begins, dict(zip(columns, fields, strict=True)), name)
         number += 1
 
 # %% ../nbs/01_files.ipynb #f972c622
@@ -441,7 +442,8 @@ def _offset(zone: str | None) -> int:
 
 def seconds(ns: Iterable[int] | np.ndarray) -> np.ndarray:  # (n,) float64, from the first time on
     "Times in nanoseconds as seconds since the smallest of them, to the microsecond."
-    us = (np.asarray(ns if isinstance(ns, np.ndarray) else list(ns), dtype=np.int64) + 500) // 1000
+    us, rest = np.divmod(np.asarray(ns if isinstance(ns, np.ndarray) else list(ns), dtype=np.int64), 1000)
+    us = us + ((rest > 500) | ((rest == 500) & (us % 2 == 1)))  # half to even, as everywhere
     return (us - us.min()) / 1e6 if len(us) else us.astype(float)
 
 # %% ../nbs/01_files.ipynb #4db4550a
