@@ -23,9 +23,9 @@ from scipy.stats import norm, rankdata
 
 from .errors import DataError
 from .lane import express_quantile
-from .policy import FCFS, PARS, Policy, SJF, Scale
-from .simulate import EngineModel, Requests, Simulated, simulate
 from .moved import forwards
+from .policy import FCFS, PARS, SJF, Policy, Scale
+from .simulate import EngineModel, Requests, Simulated, simulate
 
 # %% ../nbs/36_advise.ipynb #76e410ef
 def _histogram(text: str, name: str) -> dict[float, float]:  # upper edge → requests up to it, over all engines

@@ -31,8 +31,8 @@ from tqdm.auto import tqdm
 
 from .errors import CollectError, DataError, first_line
 from .files import json_line, load, parse_json, read_count
-from .records import Ids, Request, as_request, ending, prompt_id, read_request
 from .moved import forwards
+from .records import Ids, Request, as_request, ending, prompt_id, read_request
 
 # %% ../nbs/03_collect.ipynb #d6cdaa8a
 OURS = {"model", "messages", "prompt", "n", "best_of", "echo", "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed"}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'DEMO_EPOCHS', 'collect', 'how_to_ask', 'json_object', 'two_prices', 'collect_all', 'train', 'evaluate',
-           'bench', 'unseen', 'show_bench', 'serve', 'demo', 'step']
+           'bench', 'unseen', 'show_bench', 'with_pars', 'serve', 'demo', 'step']
 
 # %% ../nbs/45_loop.ipynb #046f00de
 import asyncio
@@ -177,10 +177,10 @@ def evaluate(
     """
     from pars_nb.backends import open_ranker
     from pars_nb.errors import DataError
-    from pars_nb.records import read, split
     from pars_nb.order import ranking_report
+    from pars_nb.records import one_model, read, split
 
-    r, records = open_ranker(ranker, "torch"), read(data, target)
+    r, records = open_ranker(ranker, "torch"), one_model(read(data, target))
     records = records if all_prompts else split(records, seed=r.meta.seed)[2]
     if len(records) < 2:
         raise DataError(f"{len(records)} held-out prompts are too few; --all-prompts takes all of them")
@@ -226,9 +226,9 @@ def bench(
 def unseen(data: Path, target: str | None, ranker: Path | None) -> list[Any]:
     "The records that the ranker's training split did not hold; all of them without a ranker."
     from pars_nb.card import load_meta
-    from pars_nb.records import held_out, read
+    from pars_nb.records import held_out, one_model, read
 
-    records = read(data, target)
+    records = one_model(read(data, target))
     return held_out(records, load_meta(ranker).seed) if ranker else records
 
 # %% ../nbs/45_loop.ipynb #0719c555
@@ -246,6 +246,29 @@ def show_bench(result: dict[str, Any], out: Path) -> None:
 
 
 COLUMNS = [("mean", "NTPOT"), ("p90", "NTPOT"), ("mean", "TTFT"), ("p99", "E2EL")]
+
+# %% ../nbs/45_loop.ipynb #files010
+def with_pars(args: list[str], pars: dict[str, Any]) -> list[str]:  # arguments for vLLM
+    """vLLM's arguments with our settings in `--additional-config`, beside what others have there. Raises `DataError` where it can't be."""
+    from pars_nb.errors import DataError
+
+    rest, config, i = [], {}, 0
+    while i < len(args):
+        flag, given, value = args[i].partition("=")
+        name = flag.replace("_", "-").lstrip("-")
+        if flag.startswith("--") and (name == "scheduler-cls" or name.startswith(("additional-config.", "additional-config+"))):
+            raise DataError(f"{flag}: pars serve sets the scheduler and merges one --additional-config JSON; leave it out, or give that JSON")
+        if flag.startswith("--") and name == "additional-config":
+            i += not given
+            config |= json_object(value if given else args[i] if i < len(args) else "", flag) or {}
+        else:
+            rest.append(args[i])
+        i += 1
+    if not isinstance(config.get("pars", {}), dict):
+        raise DataError("--additional-config: `pars` must be an object of settings")
+    if twice := sorted(set(config.get("pars", {})) & set(pars)):
+        raise DataError(f"--additional-config sets {twice} in `pars`, and so does pars serve; give --{twice[0].replace('_', '-')} only")
+    return ["--additional-config", json.dumps(config | dict(pars=config.get("pars", {}) | pars)), *rest]
 
 # %% ../nbs/45_loop.ipynb #6757c826
 @app.command(context_settings=dict(allow_extra_args=True, ignore_unknown_options=True))
@@ -272,7 +295,7 @@ def serve(
         open_ranker(ranker, "torch")  # a clear error here beats a fallback there
         pars["ranker"] = str(ranker.resolve())
     cmd = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model,
-           "--scheduler-cls", "pars_nb.scheduler.PARSScheduler", "--additional-config", json.dumps(dict(pars=pars)), *ctx.args]
+           "--scheduler-cls", "pars_nb.scheduler.PARSScheduler", *with_pars(ctx.args, pars)]
     console.print(shlex.join(cmd), soft_wrap=True, highlight=False, markup=False)
     if not dry_run:
         env = {k: v for k, v in engine_env().items() if k != "HF_HUB_OFFLINE"} | {k: v for k, v in os.environ.items() if k == "HF_HUB_OFFLINE"}

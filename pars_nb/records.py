@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ROLES', 'CHATS', 'WHOLE', 'FAILED', 'Record', 'Request', 'prompt_hash', 'text_of', 'to_chat', 'as_request',
            'read_request', 'ending', 'prompt_id', 'Ids', 'from_rows', 'from_frame', 'read', 'write_jsonl',
-           'from_responses', 'count_tokens', 'read_hub', 'unit_hash', 'split', 'held_out', 'draw', 'fingerprint']
+           'from_responses', 'count_tokens', 'read_hub', 'unit_hash', 'split', 'held_out', 'draw', 'one_model',
+           'fingerprint']
 
 # %% ../nbs/02_records.ipynb #e34b6c31
 import hashlib
@@ -355,6 +356,14 @@ def draw(records: Sequence[Record], n: int | None, seed: int = 0) -> list[Record
     return random.Random(seed).sample(list(records), n)
 
 # %% ../nbs/02_records.ipynb #fb8e89f0
+def one_model(records: Sequence[Record]) -> list[Record]:
+    "The records, which are all of one model. Raises `DataError` where they are not."
+    models = sorted({r.model for r in records})
+    if len(models) > 1:
+        raise DataError(f"lengths of {len(models)} models: {models[:5]}; choose one with --target (lengths of two models make no order)")
+    return list(records)
+
+# %% ../nbs/02_records.ipynb #932c8436
 def fingerprint(records: Iterable[Record]) -> str:
     "16 hex digits that change when a prompt, model, length or capped flag does; the order does not matter."
     rows = sorted(json.dumps([r.prompt, r.model, r.lengths, r.capped, *([r.messages] if r.messages else [])]) for r in records)

@@ -17,8 +17,8 @@ import numpy as np
 from pydantic import BaseModel, Field
 
 from .card import Cap
-from .score import ScoreThread
 from .moved import forwards
+from .score import ScoreThread
 
 # %% ../nbs/14_server.ipynb #72fc8092
 class AsyncScores:
