@@ -85,7 +85,8 @@ Prompt: TypeAlias = str | list[dict[str, Any]]
 
 def read_prompts(path: str | Path) -> dict[str, Prompt]:  # prompt_id → a text, or a chat as a list of turns
     "Prompts of a .txt (one a line), .csv, .jsonl, .json or .parquet (`prompt`, `messages` or `conversations`, maybe `prompt_id`), duplicates once. Raises `DataError`."
-    table, ids, found = load(path), Ids(), {}
+    table, ids = load(path), Ids()
+    found: dict[str, Prompt] = {}
     for row in table.rows:
         if isinstance(row.values, str):
             if table.kind == "lines" and not row.values.strip():
@@ -345,7 +346,8 @@ def _add_chunk(got: dict[str, Any], chunk: dict[str, Any]) -> None:
         if not isinstance(c, dict):
             raise Refused("the endpoint sent JSON that is no answer (no `choices`)")
         got["choices"] = got["choices"] or [dict(finish_reason=None, message=dict(content=""))]
-        delta, whole = c.get("delta") if isinstance(c.get("delta"), dict) else {}, got["choices"][0]
+        delta: dict[str, Any] = c["delta"] if isinstance(c.get("delta"), dict) else {}
+        whole = got["choices"][0]
         said = c.get("text") or any(delta.get(k) for k in ("content", "tool_calls", "reasoning_content", "reasoning", "refusal"))
         whole["message"]["content"] = whole["message"]["content"] or ("said" if said else "")
         whole["finish_reason"] = c.get("finish_reason") or whole["finish_reason"]

@@ -420,7 +420,8 @@ class Clock:
         try:
             if m is None:
                 raise ValueError("it is no ISO 8601")
-            when = datetime(*(int(x or 0) for x in m.groups()[:6]), tzinfo=UTC)  # type: ignore[arg-type]
+            year, month, day, hour, minute, second = (int(x or 0) for x in m.groups()[:6])
+            when = datetime(year, month, day, hour, minute, second, tzinfo=UTC)
         except ValueError as e:
             raise DataError(f"{at}: {self.column} is {_shown(text)}, neither a number of seconds nor a date like 2025-01-31 18:00:00.5 ({e})") from e
         return "a date" + (" with" if m[8] else " without") + " a zone", _since_1970(when) + int((m[7] or "0")[:9].ljust(9, "0")) - _offset(m[8])

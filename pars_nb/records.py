@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ROLES', 'CHATS', 'WHOLE', 'FAILED', 'Record', 'Request', 'prompt_hash', 'text_of', 'to_chat', 'as_request',
            'read_request', 'ending', 'prompt_id', 'Ids', 'from_rows', 'from_frame', 'read', 'write_jsonl',
-           'from_responses', 'count_tokens', 'read_hub', 'unit_hash', 'split', 'held_out', 'draw', 'one_model',
-           'fingerprint']
+           'from_responses', 'count_tokens', 'load_tokenizer', 'read_hub', 'unit_hash', 'split', 'held_out', 'draw',
+           'one_model', 'fingerprint']
 
 # %% ../nbs/02_records.ipynb #e34b6c31
 import hashlib
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, PositiveInt, model_validator
 
-from .errors import DataError, extra
+from .errors import DataError, extra, first_line
 from .files import Row, blank, columns, json_line, load, missing, parse_json, plain, read_count, read_flag, read_number
 
 # %% ../nbs/02_records.ipynb #7c7ce038
@@ -292,17 +292,21 @@ def from_responses(
 
 def count_tokens(texts: Sequence[str], tokenizer: Any) -> tuple[list[int], str]:  # counts (at least 1), the tokenizer's name
     "Tokens of each text by a tokenizer (loaded, or its name or folder), without special tokens."
-    if isinstance(tokenizer, str):
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-        except (OSError, ValueError) as e:
-            raise DataError(f"the tokenizer {tokenizer!r} can't be loaded ({str(e).splitlines()[0][:150]}); give a folder or a hub name") from e
+    tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
     counts: list[int] = []
     for i in range(0, len(texts), 1000):
         counts += [max(1, len(o)) for o in tokenizer(list(texts[i : i + 1000]), add_special_tokens=False)["input_ids"]]
     return counts, getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+
+
+def load_tokenizer(name: str) -> Any:
+    "A tokenizer from a folder or the hub. Raises `DataError`."
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as e:  # a hub that can't be reached, a folder that holds something else: each raises its own
+        raise DataError(f"the tokenizer {name!r} can't be loaded ({first_line(e, 150)}); give a folder or a hub name") from e
 
 
 def read_hub(

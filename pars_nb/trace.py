@@ -123,8 +123,7 @@ def _by_name(first: Row, names: Mapping[str, str]) -> Layout:
 def _requests(rows: Iterable[Row], layout: Layout, name: str, limit: int) -> Trace:
     clock, at, prompt, output = Clock(layout.time, layout.unit), array("q"), array("q"), array("q")
     dropped: Counter[str] = Counter()
-    n = 0
-    for n, row in enumerate(rows, 1):
+    for row in rows:
         values = columns(row, [layout.time, layout.prompt, layout.output])
         why = _incomplete(values, layout)
         if not why:
@@ -141,7 +140,7 @@ def _requests(rows: Iterable[Row], layout: Layout, name: str, limit: int) -> Tra
     ns = np.frombuffer(at, np.int64)
     order = np.argsort(ns, kind="stable")[:limit]
     arrays = [np.frombuffer(a, np.int64)[order] for a in (prompt, output)]
-    return Trace(Requests(seconds(ns[order]), *arrays), layout.name, n, dict(dropped))
+    return Trace(Requests(seconds(ns[order]), *arrays), layout.name, len(at) + sum(dropped.values()), dict(dropped))
 
 
 def _incomplete(values: dict[str, Any], layout: Layout) -> str:
