@@ -25,7 +25,7 @@ from .cost import Cost, Ticket, Tokens, by_score, gittins_factor, tail_factor
 from .lane import Express
 from .meters import Meters
 from .moved import forwards
-from .policy import FCFS, HRRN, PARS, SJF, Policy, Scale, Threshold
+from .policy import FCFS, HRRN, PARS, Policy, SJF, Scale, Threshold
 from .score import ScoreThread
 from .trust import Trust
 from .waiting import PolicyQueue
