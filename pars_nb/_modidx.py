@@ -586,6 +586,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'pars_nb.scheduler.AskingScheduler.ask': ('scheduler.html#askingscheduler.ask', 'pars_nb/scheduler.py'),
                                    'pars_nb.scheduler.AskingScheduler.count': ( 'scheduler.html#askingscheduler.count',
                                                                                 'pars_nb/scheduler.py'),
+                                   'pars_nb.scheduler.AskingScheduler.ended': ( 'scheduler.html#askingscheduler.ended',
+                                                                                'pars_nb/scheduler.py'),
                                    'pars_nb.scheduler.AskingScheduler.place': ( 'scheduler.html#askingscheduler.place',
                                                                                 'pars_nb/scheduler.py'),
                                    'pars_nb.scheduler.AskingScheduler.take_scores': ( 'scheduler.html#askingscheduler.take_scores',
