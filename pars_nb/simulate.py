@@ -14,10 +14,11 @@ import numpy as np
 import pandas as pd
 from pydantic import BaseModel, Field
 
-from .data import DataError
+from .cost import Ticket
+from .errors import DataError
 from .events import ROUTING, Limits, drive, new_world
-from .metrics import Served
-from .policy import FCFS, Policy, Ticket
+from .latency import Served
+from .policy import FCFS, Policy
 
 # %% ../nbs/33_simulate.ipynb #fe172976
 class EngineModel(BaseModel, frozen=True, extra="forbid"):
