@@ -89,24 +89,25 @@ def stream(n: int, seed: int, engine: EngineModel, load: float = 0.95, replicas:
     return requests._replace(arrival=np.cumsum(rng.exponential(1 / rate, n)))
 
 
-def workloads(seed: int) -> Iterator[Workload]:
+def workloads(seed: int, thousands: int) -> Iterator[Workload]:
     "Every branch of the core: orders, classes, routings, prompts in pieces, memory that runs out."
     usual, tight = EngineModel(), EngineModel(blocks=500)
     pieces = EngineModel(max_num_batched_tokens=128)
     tokens = Tokens(np.linspace(1, 8, 101).tolist(), np.exp(np.linspace(1, 8, 101)).tolist())
-    one, classes, eight = stream(20_000, seed, usual), stream(20_000, seed, usual, classes=3), stream(40_000, seed, usual, replicas=8)
+    n = 1000 * thousands
+    one, classes, eight = stream(n, seed, usual), stream(n, seed, usual, classes=3), stream(2 * n, seed, usual, replicas=8)
 
     def pars() -> PARS:
         return PARS(Scale(np.linspace(1, 8, 201).tolist(), window=0), 30.0)
     yield Workload("FCFS", one, FCFS, usual)
     yield Workload("PARS", one, pars, usual)
-    yield Workload("SJF, overload 1.3", stream(20_000, seed, usual, 1.3), SJF, usual)
+    yield Workload("SJF, overload 1.3", stream(n, seed, usual, 1.3), SJF, usual)
     yield Workload("Threshold 5 s", one, lambda: Threshold(5.0), usual)
     yield Workload("HRRN", one, lambda: HRRN(tokens, 0.02), usual)
     yield Workload("three priorities, SJF", classes, SJF, usual)
-    yield Workload("prompts in pieces of 128, PARS", stream(10_000, seed, pieces), pars, pieces)
-    yield Workload("KV-tight (500 blocks), FCFS", stream(10_000, seed, tight), FCFS, tight)
-    yield Workload("KV-tight (500 blocks), PARS, priorities", stream(10_000, seed, tight, classes=2), pars, tight)
+    yield Workload("prompts in pieces of 128, PARS", stream(n // 2, seed, pieces), pars, pieces)
+    yield Workload("KV-tight (500 blocks), FCFS", stream(n // 2, seed, tight), FCFS, tight)
+    yield Workload("KV-tight (500 blocks), PARS, priorities", stream(n // 2, seed, tight, classes=2), pars, tight)
     yield Workload("8 replicas in turn, PARS", eight, pars, usual, 8)
     yield Workload("8 replicas, fewest outstanding, FCFS", eight, FCFS, usual, 8, "least_outstanding")
     yield Workload("8 replicas, least work, HRRN", eight, lambda: HRRN(tokens, 0.02), usual, 8, "predicted_work")
@@ -144,6 +145,7 @@ def main(
     before: Annotated[str, typer.Option(help="git revision of the old core")] = "438ec97",
     repeats: Annotated[int, typer.Option(help="pairs of runs a workload and seed")] = 10,
     seeds: Annotated[int, typer.Option(help="how many")] = 2,
+    thousands: Annotated[int, typer.Option(help="of requests in most workloads")] = 20,
     least: Annotated[float, typer.Option(help="fail where the core's median ratio is below this")] = 0.95,
 ) -> None:
     "Equal results, and the new core's speed over the old one's."
@@ -151,7 +153,7 @@ def main(
         modules = load_before(before, folder), after
         for module in modules:
             module.drive = Clocked(module.drive)  # type: ignore[attr-defined]
-        rows = [compare(workload, modules, repeats) | dict(seed=seed) for seed in range(seeds) for workload in workloads(seed)]
+        rows = [compare(workload, modules, repeats) | dict(seed=seed) for seed in range(seeds) for workload in workloads(seed, thousands)]
     ratios = pd.DataFrame(rows)
     by_workload = ratios.groupby("workload", sort=False)[["core", "whole"]].sum()  # lists are joined
     table = {name: {part: spread(row[part]) for part in ("core", "whole")} for name, row in by_workload.iterrows()}
@@ -160,7 +162,7 @@ def main(
     total = {part: spread(by_workload[part].sum()) for part in ("core", "whole")}
     print("all:", total)
     command = shlex.join(["python", "studies/events_speed.py", *sys.argv[1:]])
-    facts = dict(command=command, machine=machine(), before=before, repeats=repeats, seeds=list(range(seeds)), equal=True,
+    facts = dict(command=command, machine=machine(), before=before, repeats=repeats, thousands=thousands, seeds=list(range(seeds)), equal=True,
                  new_over_old=total, workloads=table, rows=ratios.drop(columns=["core", "whole"]).to_dict("records"))
     OUT.write_text(json.dumps(facts, indent=1) + "\n")
     if total["core"]["median"] < least:
