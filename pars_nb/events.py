@@ -264,7 +264,7 @@ def _along_line(world, queue, root, now):
         request = queues.behind[request]
     return best
 
-
+# %% ../nbs/32_events.ipynb #2e8f4d68
 @compiled
 def _peek(world, queue, now):
     "The next request of a queue; −1 for none."
@@ -304,7 +304,7 @@ def _preempt_last(world, replica, queue):
     _put_back(world, queue, request)
     return request
 
-
+# %% ../nbs/32_events.ipynb #8f62fb69
 @compiled
 def _feed(world, replica, queue, request, budget):
     "Tokens and blocks for one request that runs. Gives its tokens (0: it was preempted), and whether any was preempted."
@@ -321,7 +321,7 @@ def _feed(world, replica, queue, request, budget):
     progress.chunk[request] = tokens
     return tokens, preempted
 
-
+# %% ../nbs/32_events.ipynb #5f21af8b
 @compiled
 def _feed_running(world, replica, queue):
     "Tokens and blocks for all that run. Gives the budget that is left, and whether any was preempted."
@@ -393,7 +393,7 @@ def _most_that_fit(world, replica, steps):
             too_many = middle
     return fit
 
-
+# %% ../nbs/32_events.ipynb #54f9a3a4
 @compiled
 def _until_one_ends(world, replica):
     "What the step holds: prompt tokens, decodes, context; and how many steps like it until a request changes."
@@ -435,7 +435,7 @@ def _note_blocks(world, replica):
     counts = world.counts
     counts.most_blocks[replica] = max(counts.most_blocks[replica], world.engine.blocks - world.replicas.free[replica])
 
-
+# %% ../nbs/32_events.ipynb #25fdfa28
 @compiled
 def _next_may_change(world, replica, queue):
     "Does a request wait beside a free slot, under a policy that may put another one first?"
@@ -478,7 +478,7 @@ def _advance(world, replica, request, steps):
 def _predicted_work(given, request):
     return given.service[request] if given.service.size else given.output[request]
 
-
+# %% ../nbs/32_events.ipynb #6d5186ee
 @compiled
 def _finish(world, replica, request, now):
     "The request is done."
@@ -488,7 +488,7 @@ def _finish(world, replica, request, now):
     replicas.load[replica] -= 1
     replicas.work[replica] -= _predicted_work(world.given, request)
 
-
+# %% ../nbs/32_events.ipynb #3786514a
 @compiled
 def _tokens_out(world, replica, request, steps, now):
     "Carry out the plan for one request. Does it go on?"
@@ -503,7 +503,7 @@ def _tokens_out(world, replica, request, steps, now):
     _finish(world, replica, request, now)
     return False
 
-
+# %% ../nbs/32_events.ipynb #369317f5
 @compiled
 def _carry_out(world, replica):
     "Carry out the replica's plan; its clock moves to the plan's end."
@@ -562,7 +562,7 @@ def _route(world, routing, request):
         return request % replicas.clock.size
     return np.argmin(replicas.work) if routing == PREDICTED_WORK else np.argmin(replicas.load)
 
-
+# %% ../nbs/32_events.ipynb #316c4fe8
 @njit(cache=True)
 def _announce(world, events, replica):
     "The plan's end becomes an event: (seconds, replica, version)."
