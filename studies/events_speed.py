@@ -1,6 +1,6 @@
 """The simulator's core before and after, side by side: equal to the last digit, and how fast? Writes results/arena/events_speed.json.
 
-    python studies/events_speed.py --before 438ec97
+    python studies/events_speed.py --thousands 10
 
 The package of the revision `--before` is taken from git into a temporary folder and imported under another name. Both play the same
 workloads in turns; each ratio is of two neighbours in time. The seconds are the processor's, of the compiled core alone (`drive`) and of
@@ -8,8 +8,6 @@ all of `simulate`.
 """
 import importlib
 import io
-import json
-import shlex
 import subprocess
 import sys
 import tarfile
@@ -24,15 +22,14 @@ from typing import Annotated, Any
 import numpy as np
 import pandas as pd
 import typer
+from common import write
 
 from pars_nb import simulate as after
-from pars_nb.bench import machine
 from pars_nb.cost import Tokens
 from pars_nb.policy import FCFS, HRRN, PARS, SJF, Policy, Scale, Threshold
 from pars_nb.simulate import EngineModel, Requests, capacity
 
 ROOT = Path(__file__).resolve().parent.parent
-OUT = ROOT / "results/arena/events_speed.json"
 ARRAYS, COUNTS = ("start", "first", "last"), ("preemptions", "most_blocks", "tokens", "events")
 
 
@@ -161,10 +158,8 @@ def main(
         print(f"{name:<42}" + "   ".join(f"{part} {v['median']:.3f} ({v['p10']:.3f} to {v['p90']:.3f})" for part, v in parts.items()))
     total = {part: spread(by_workload[part].sum()) for part in ("core", "whole")}
     print("all:", total)
-    command = shlex.join(["python", "studies/events_speed.py", *sys.argv[1:]])
-    facts = dict(command=command, machine=machine(), before=before, repeats=repeats, thousands=thousands, seeds=list(range(seeds)), equal=True,
-                 new_over_old=total, workloads=table, rows=ratios.drop(columns=["core", "whole"]).to_dict("records"))
-    OUT.write_text(json.dumps(facts, indent=1) + "\n")
+    write("arena/events_speed", before=before, repeats=repeats, thousands=thousands, seeds=list(range(seeds)), equal=True,
+          new_over_old=total, workloads=table, rows=ratios.drop(columns=["core", "whole"]).to_dict("records"))
     if total["core"]["median"] < least:
         raise SystemExit(f"the new core has {total['core']['median']:.3f} of the old one's speed, below {least}")
 
