@@ -158,8 +158,8 @@ def calibrate(
 @clear_errors
 def advise(
     engine: Annotated[Path, typer.Option(help="JSON that `pars calibrate` wrote.")],
-    trace: Annotated[Path | None, typer.Option(help="Azure, BurstGPT, Mooncake, Qwen-Bailian, vllm bench serve, or any table (.csv, .jsonl, .json, .parquet, .gz).")] = None,
-    columns: Annotated[str | None, typer.Option(help="Where the trace's format is none of these: time=NAME,prompt=NAME,output=NAME (time=NAME:ms).")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Azure, BurstGPT, Mooncake, Qwen-Bailian, vllm bench serve, or a table.")] = None,
+    columns: Annotated[str | None, typer.Option(help="Of any other table: time=NAME,prompt=NAME,output=NAME (time=NAME:ms).")] = None,
     metrics_url: Annotated[str | None, typer.Option(help="Or a live vLLM server's /metrics, watched for a while.")] = None,
     watch_s: Annotated[float, typer.Option(help="How long to watch it, in seconds.")] = 60.0,
     tau: Annotated[float, typer.Option(help="Kendall's τ of the ranker, as `pars eval` prints it, or a guess.")] = 0.5,
