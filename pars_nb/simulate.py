@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field
 
 from .cost import Ticket
 from .errors import DataError
-from .events import ROUTING, Limits, drive, new_world
+from .events import Limits, ROUTING, drive, new_world
 from .latency import Served
 from .policy import FCFS, Policy
 

@@ -25,7 +25,7 @@ from pars_nb.lane import Express
 from pars_nb.latency import Served, summarise
 from pars_nb.loop import unseen
 from pars_nb.order import tau_b
-from pars_nb.policy import FCFS, PARS, SJF, Policy, Scale
+from pars_nb.policy import FCFS, PARS, Policy, SJF, Scale
 from pars_nb.simulate import Requests, simulate
 from pars_nb.workload import make_workload
 
