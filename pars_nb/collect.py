@@ -149,13 +149,12 @@ class Journal:
 
     def _note(self, row: dict[str, Any]) -> None:
         self.done.add((row["prompt_id"], row["run"]))
-        if "prompt" in row:
-            self.keys[row["prompt_id"]] = as_request(row.get("messages") or row["prompt"]).key
+        self.keys[row["prompt_id"]] = as_request(row.get("messages") or row["prompt"]).key if "prompt" in row else ""
 
     def check(self, requests: Mapping[str, Request]) -> None:
         "Raises `CollectError` for an id that stood for another text when the folder was collected."
         for i, r in requests.items():
-            if self.keys.get(i, r.key) != r.key:
+            if self.keys.get(i) not in (None, "", r.key):
                 raise CollectError(f"prompt_id {i!r} stands for another text in {self.folder}; give it another id, or choose another --out")
 
     def append(self, row: dict[str, Any]) -> None:
@@ -165,7 +164,7 @@ class Journal:
             self.file.flush()
             os.fsync(self.file.fileno())
         except OSError as e:
-            raise CollectError(f"can't write to {self.folder} ({e.strerror}); {len(self.done)} answers are safe: make room and go on") from e
+            raise CollectError(f"can't write to {self.folder} ({e.strerror}); {len(self.done)} answers are safe: mend it, go on") from e
         self._note(row)
 
     def close(self) -> None:

@@ -272,10 +272,12 @@ def read_langfuse(values: dict[str, Any]) -> Iterator[Entry]:
     usage, meta = pick(values, "usage_details", "usage"), pick(values, "metadata")
     finish = pick(meta, "finish_reason") if isinstance(meta, dict) else None
     yield Entry(
-        id=str(pick(values, "id") or ""), request=asked(pick(values, "input")), model=str(pick(values, "model", "provided_model_name") or ""),
+        id=str(pick(values, "id") or ""), request=asked(pick(values, "input")),
+        model=str(pick(values, "model", "provided_model_name") or ""),
         tokens=_added(usage, "output", "completion_tokens") or count_or_none(pick(values, "completion_tokens", "output_tokens")),
         prompt_tokens=_added(usage, "input", "prompt_tokens") or count_or_none(pick(values, "prompt_tokens", "input_tokens")),
-        finish=finish or pick(values, "finish_reason"), max_tokens=limit_in(pick(values, "model_parameters")), time=pick(values, "start_time"))
+        finish=finish or pick(values, "finish_reason"), max_tokens=limit_in(pick(values, "model_parameters")),
+        time=pick(values, "start_time"))
 
 
 def _added(usage: Any, start: str, other: str) -> int | None:

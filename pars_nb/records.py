@@ -276,7 +276,7 @@ def _order(run: dict[str, Any]) -> Any:
 
 # %% ../nbs/02_records.ipynb #4ef32bc4
 def from_frame(
-    df: Any,  # a pandas frame or list of dicts, in long format: `prompt`, `model`, `response_tokens`, maybe `prompt_id`, `run`, `capped` …
+    df: Any,  # a pandas frame or list of dicts, in long format: `prompt`, `model`, `response_tokens`, maybe `prompt_id`, `run`, `capped`
     source: str = "frame",  # what to call it in errors
     model: str | None = None,  # keep this model's rows only
 ) -> list[Record]:  # one per (prompt, model), in order of first appearance
