@@ -728,6 +728,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'pars_nb.tools.push': ('tools.html#push', 'pars_nb/tools.py'),
                                'pars_nb.tools.recorded': ('tools.html#recorded', 'pars_nb/tools.py'),
                                'pars_nb.tools.score_server': ('tools.html#score_server', 'pars_nb/tools.py'),
+                               'pars_nb.tools.sensible': ('tools.html#sensible', 'pars_nb/tools.py'),
                                'pars_nb.tools.watched': ('tools.html#watched', 'pars_nb/tools.py')},
             'pars_nb.trace': { 'pars_nb.trace.Layout': ('trace.html#layout', 'pars_nb/trace.py'),
                                'pars_nb.trace.Trace': ('trace.html#trace', 'pars_nb/trace.py'),

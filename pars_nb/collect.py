@@ -417,7 +417,7 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 def unpack(response: httpx.Response, max_tokens: int | None) -> dict[str, Any]:
     "An HTTP response as an answer's facts. Raises `Refused`."
     text = response.content.decode("utf-8", "replace").removeprefix("\ufeff").strip()
-    streamed = text.startswith(("data:", "event:", ": ", "id:")) or "event-stream" in response.headers.get("content-type", "")
+    streamed = text.startswith(("data:", "event:", ":", "id:")) or "event-stream" in response.headers.get("content-type", "")
     try:
         data = None if streamed and response.is_success else json.loads(text)
     except (ValueError, RecursionError):

@@ -19,7 +19,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -444,6 +444,8 @@ class Clock:
             return "a date without a zone", int(v.astype("datetime64[ns]").astype(np.int64))
         if isinstance(v, datetime):
             return "a date" + (" with" if v.tzinfo else " without") + " a zone", _since_1970(v) + getattr(v, "nanosecond", 0)
+        if isinstance(v, (timedelta, np.timedelta64)):
+            return "a duration", int(np.timedelta64(v).astype("timedelta64[ns]").astype(np.int64))
         if isinstance(v, date):
             return "a date without a zone", _since_1970(datetime(v.year, v.month, v.day))
         if isinstance(v, str) and not NUMBER.fullmatch(v.strip()):
