@@ -392,16 +392,23 @@ class Verdict(NamedTuple):
 class Core:
     "Learns and judges; runs in a process of its own, or in yours where results must repeat to the last digit."
 
-    def __init__(self, floor: float = 0.15, base: Model | None = None, share: float | None = None, most_words: int = 1_000_000) -> None:
+    def __init__(
+        self,
+        floor: float = 0.15,  # nothing is followed under this τ_b
+        base: Model | None = None,  # tables that were learned before
+        share: float | None = None,  # of one core that fits may take; None: each when it is due
+        ranker: bool = False,  # follow a ranker's scores until they have been judged
+        most_words: int = 1_000_000,  # that are remembered
+    ) -> None:
         self.floor, self.share, self.most_words = floor, share, most_words
         self.rows: deque[Row] = deque()
         self.running: list[Row] = []
-        self.words = self.seen = self.fits = 0
+        self.words = self.seen = self.fits = self.forgot = 0
         self.cpu_s, self.free_at, self.scored = 0.0, 0.0, False
         self.experts = experts()
         self.use(base)
         self.judge = Judge(["ranker", *(e.name for e in self.experts)])
-        self.follows: str | None = None
+        self.follows: str | None = "ranker" if ranker else None
         self.judged: dict[str, Judged] = {}
         self.past: list[tuple[int, str | None, dict[str, float]]] = []  # the verdicts over time, for `inspect`
 
@@ -466,25 +473,39 @@ class Core:
         shares = self.judge.shares()
         self.judged = {k: judged(s) for k, s in shares.items() if np.isfinite(s).all()}
         before, follows = self.follows, self.follows
-        if follows not in self.judged or self.judged[follows].lower < self.floor / 2:
+        if self.judged.get(follows or "", Judged(0, 0, 0)).lower < self.floor / 2 and ("ranker" in self.judged or follows != "ranker"):
             follows = None
         right = [k for k, v in self.judged.items() if v.lower > self.floor]
         best = max(right, key=lambda k: self.judged[k].tau, default=follows)
+        self.notice(shares)
         if follows is None:
             follows = best
         elif best is not None and best != follows and len(shares[best]) == len(shares[follows]):
             gap = judged(shares[best] - shares[follows])
-            follows = best if gap.tau > max(0.01, gap.error) else follows
+            follows = best if gap.tau > max(0.01, gap.error / 2) else follows
         self.follows = follows
         self.past.append((self.seen, follows, {k: round(v.tau, 3) for k, v in self.judged.items()}))
         del self.past[: -4096 : 2]
         return follows != before
 
+    def notice(self, shares: dict[str, np.ndarray]) -> None:
+        "Where the last few hundred say more than all, beyond doubt, the traffic has changed: forget what came before."
+        late, all_ = shares.get("recent", np.zeros(0)), shares.get("words", np.zeros(1))
+        if len(late) != len(all_) or len(self.rows) <= 1024:
+            return
+        gap = judged(late - all_)
+        if gap.tau > max(0.03, 2.33 * gap.error):
+            while len(self.rows) > 512:
+                self.words -= len(self.rows.popleft().signals.words)
+            self.base, self.forgot = None, self.forgot + 1
+            for e in self.experts:
+                e.due = min(e.due, self.seen)
+
     def verdict(self) -> Verdict:
         "What to tell the engine."
         model = next((e.model for e in self.experts if e.name == self.follows), None)
         taus = {k: (round(v.tau, 4), round(v.lower, 4), v.n) for k, v in self.judged.items()}
-        return Verdict(self.follows, model, dict(seen=self.seen, fits=self.fits, follows=self.follows, tau_b=taus, cpu_s=round(self.cpu_s, 3)))
+        return Verdict(self.follows, model, dict(seen=self.seen, fits=self.fits, forgot=self.forgot, follows=self.follows, tau_b=taus, cpu_s=round(self.cpu_s, 3)))
 
 # %% ../nbs/25_learner.ipynb #ecf4f1bc
 VERSION = "1"
@@ -589,12 +610,13 @@ class Learner:
         name: str = "learner",  # of the file in it, one for each engine
         process: bool = True,  # False: learn here and now
         floor: float = 0.15,  # nothing is followed under this τ_b
+        ranker: bool = False,  # requests have a ranker's scores, and they are followed until they have been judged
         share: float = 0.02,  # of one core that fits may take, in the process
         most_waiting: int = 4096,  # finished requests not yet handed over; more are not learned from
         stale_s: float = 600.0,  # tables of a process that is gone serve so long
     ) -> None:
-        self.settings = dict(target=target, state=None if state is None else str(state), name=name, floor=floor)
-        self.verdict, self.dropped, self.stale_s = Verdict(None, None, {}), 0, stale_s
+        self.settings = dict(target=target, state=None if state is None else str(state), name=name, floor=floor, ranker=ranker)
+        self.verdict, self.dropped, self.stale_s = Verdict("ranker" if ranker else None, None, {}), 0, stale_s
         self.core = _start_core(self.settings) if not process else None
         self.changed = False
         self.child = None if self.core else Child(self.settings | dict(share=share), most_waiting)
@@ -670,7 +692,7 @@ def _start_core(settings: dict[str, Any], share: float | None = None, fresh: boo
         except DataError as e:
             log.warning("PARS: %s", e)
             settings["state"], base = None if base is not None else settings["state"], None
-    return Core(settings["floor"], base, share)
+    return Core(settings["floor"], base, share, settings["ranker"])
 
 
 def _keep(core: Core, settings: dict[str, Any]) -> str | None:  # what went wrong
@@ -722,7 +744,7 @@ class Child:
         self.settings, self.patience_s = settings, patience_s
         self.todo: deque[Any] = deque(maxlen=most_waiting)
         self.lately: deque[Row] = deque(maxlen=2048)  # for a process that has to start again
-        self.latest, self.said, self.wake, self.ended = Verdict(None, None, {}), time.monotonic(), threading.Event(), False
+        self.latest, self.said, self.wake, self.ended = Verdict("ranker" if settings["ranker"] else None, None, {}), time.monotonic(), threading.Event(), False
         self.process: subprocess.Popen[bytes] | None = None
         threading.Thread(target=self._run, name="pars-learner", daemon=True).start()
 
