@@ -2,12 +2,14 @@
 JSON in results/learning. Requests finish in the order they came; each is predicted by every candidate before its length is shown.
 
     python studies/learning.py streams --data ../shared/data --tokenizer MODEL_FOLDER
+    python studies/learning.py parts --data ../shared/data --tokenizer MODEL_FOLDER
     python studies/learning.py cost --data ../shared/data --tokenizer MODEL_FOLDER
 """
 import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +19,8 @@ from common import write
 from scipy.stats import norm
 from tokenizers import Tokenizer
 
-from pars_nb.learner import Core, Learner, Row, columns, scores
+from pars_nb import learner as learner_module
+from pars_nb.learner import Core, Learner, Row, columns, fit, scores
 from pars_nb.order import tau_b
 from pars_nb.records import read
 from pars_nb.signals import Marks, Reader, Signals
@@ -80,16 +83,18 @@ class Source:
             out += one.pick(rows[: round(w * len(rows))])
         return out.pick([int(i) for i in rng.permutation(len(out.lengths))[:most]])
 
-    def signals(self, t: Traffic) -> list[Signals]:
-        reader = Reader(self.marks)
-        return [reader([*self.begin, *self.system[a], *self.marks.user, *p, *self.marks.end]) for p, a in zip(t.prompts, t.apps, strict=True)]
+    def signals(self, t: Traffic, reader: Reader | None = None) -> list[Signals]:
+        reader = reader or Reader(self.marks)
+        heads = {a: [*self.begin, *self.system[a], *self.marks.user] for a in set(t.apps)}
+        return [reader([*heads[a], *p, *self.marks.end]) for p, a in zip(t.prompts, t.apps, strict=True)]
 
 
 def told(lengths: np.ndarray, apps: Sequence[str], rho: float, seed: int, within: bool) -> np.ndarray:
     "Scores of a ranker whose normal scores correlate so with those of the lengths; `within`: it knows nothing of the applications' means."
     rng, log = np.random.default_rng(seed + 1000), np.log(lengths)
     if within:
-        log = log - np.array([log[[b == a for b in apps]].mean() for a in dict.fromkeys(apps)])[[list(dict.fromkeys(apps)).index(a) for a in apps]]
+        means = {a: log[[b == a for b in apps]].mean() for a in dict.fromkeys(apps)}
+        log = log - np.array([means[a] for a in apps])
     z = norm.ppf((np.argsort(np.argsort(log + 1e-9 * rng.normal(size=len(log)))) + 0.5) / len(log))
     return rho * z + np.sqrt(1 - rho**2) * rng.normal(size=len(log))
 
@@ -143,7 +148,7 @@ def all_streams(s: Source) -> dict[str, tuple[Callable[[int], Traffic], Sequence
         drift_mix=(lambda k: s.mixed(QWEN, 1200, k, before, slice(0, None, 2)) + s.mixed(GEMMA, 1200, k, after, slice(1, None, 2)),
                    (0, 400, 800, 1200, 1350, 1500, 1650, 1800, 2400), None),
         hostile=(hostile, (0, 500, 1000, 1500, 1800, 2100, 2500, 3000, 4000), None))
-    out |= {f"mixed_{m.split('-')[0].lower().split('.')[0]}": (lambda k, m=m: s.mixed(m, 3300, k), MIXED, None) for m in (LLAMA, QWEN, GEMMA)}
+    out |= {f"mixed_{n}": (lambda k, m=m: s.mixed(m, 3300, k), MIXED, None) for n, m in dict(llama=LLAMA, qwen=QWEN, gemma=GEMMA).items()}
     for rho in (0.3, 0.6, 0.8):
         out[f"stacked_davinci003_{rho}"] = (lambda k: s.one("alpaca_davinci003", None, 3200, k), COLD, (rho, False))
         out[f"stacked_mixed_{rho}"] = (lambda k: s.mixed(QWEN, 3300, k), MIXED, (rho, True))
@@ -173,8 +178,46 @@ def streams(data: Data, tokenizer: Words, seeds: int = 3, only: str = "") -> Non
             given = None if ranker is None else told(t.lengths, t.apps, ranker[0], seed, ranker[1])
             runs.append(dict(seed=seed, cuts=used, **follow(source.signals(t), t.lengths, given, used)))
         med = median([r["blocks"] for r in runs])
-        print(name, runs[0]["cuts"], *(f"  {k}: {v}" for k, v in med.items()), f"  first followed {[r['first_followed'] for r in runs]}", sep="\n", flush=True)
+        first = [r["first_followed"] for r in runs]
+        print(name, runs[0]["cuts"], *(f"  {k}: {v}" for k, v in med.items()), f"  first followed {first}", sep="\n", flush=True)
         write(f"learning/{name}", ranker=ranker, cuts=runs[0]["cuts"], median=med, seeds=runs)
+
+
+def standardised(x: np.ndarray) -> np.ndarray:
+    "Log lengths, as a target in place of normal scores."
+    log = np.log(np.maximum(1, x))
+    return (log - log.mean()) / (log.std() + 1e-9)
+
+
+PARTS: dict[str, dict[str, Any]] = {  # what is changed in pars_nb.learner
+    "as it is": {}, "log length as the target": dict(normal_scores=standardised), "no applications": dict(APP=1e-6), "no tags": dict(TAG=1e-6),
+    "no prompt length": dict(LENGTH=1e-6), "none of the three": dict(APP=1e-6, TAG=1e-6, LENGTH=1e-6), "weak applications": dict(APP=0.25),
+    "strong applications": dict(APP=1.0), "192 first and 64 last tokens": {}, "no marks of the chat template": {}}
+
+
+@app.command()
+def parts(data: Data, tokenizer: Words, seeds: int = 2) -> None:
+    "τ_b on the next requests after a fit on 400, 1,000 and 2,400, each part of the fit changed alone."
+    source, cuts, out = Source(data, tokenizer), (400, 1000, 2400, 3300), dict[str, dict[str, list[float]]]()
+    readers = {"192 first and 64 last tokens": (source.marks, 192, 64), "no marks of the chat template": (Marks(), 96, 32)}
+    kept = {k: getattr(learner_module, k) for p in PARTS.values() for k in p}
+    for name in ("davinci003", "vicuna", "mmlu_pro_cot", "mixed_llama", "mixed_qwen", "mixed_gemma"):
+        for seed in range(seeds):
+            t = all_streams(source)[name][0](seed)
+            for part, change in PARTS.items():
+                for k, v in (kept | change).items():
+                    setattr(learner_module, k, v)
+                reader = Reader(*readers.get(part, (source.marks, 96, 32)))
+                rows = [Row(s, int(n)) for s, n in zip(source.signals(t, reader), t.lengths, strict=True)][: cuts[-1]]
+                taus = [tau_b(scores(fit(rows[:a]), columns([r.signals for r in rows[a:b]], [None] * (b - a))), t.lengths[a:b])
+                        for a, b in zip(cuts, cuts[1:], strict=False)]
+                out.setdefault(part, {}).setdefault(name, []).append(round(float(np.mean(taus)), 4))
+    for k, v in kept.items():
+        setattr(learner_module, k, v)
+    table = {p: {n: round(float(np.mean(x)), 4) for n, x in v.items()} for p, v in out.items()}
+    for p, v in table.items():
+        print(f"{p:30}", v, f"mean {np.mean(list(v.values())):.4f}")
+    write("learning/parts", cuts=cuts, seeds=seeds, mean_over_cuts=table, each=out)
 
 
 @app.command()
@@ -194,7 +237,7 @@ def cost(data: Data, tokenizer: Words, tokens: int = 512, n: int = 400) -> None:
     times = dict(read=_timed(reader, prompts), predict=_timed(model.score, read_))
     many = [_clock(lambda: scores(model, columns(read_[:256], [None] * 256))) / min(256, len(read_)) for _ in range(20)]
     away = Learner("x", share=0.02)
-    seen = [_clock(lambda s=s: away.seen(s, 5)) for s in read_]
+    seen = [_clock(partial(away.seen, s, 5)) for s in read_]
     polled = [_clock(away.poll) for _ in read_]
     away.close()
     times |= dict(predict_many_each=dict(p50=round(float(np.median(many)), 2)), seen=_spread(seen), poll=_spread(polled))
@@ -231,7 +274,7 @@ def _spread(x: Sequence[float]) -> dict[str, float]:
 
 
 def _timed(f: Callable[[Any], Any], items: Sequence[Any], rounds: int = 5) -> dict[str, float]:
-    return _spread([_clock(lambda x=x: f(x)) for _ in range(rounds) for x in items])
+    return _spread([_clock(partial(f, x)) for _ in range(rounds) for x in items])
 
 
 if __name__ == "__main__":
