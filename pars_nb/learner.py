@@ -552,7 +552,7 @@ class Core(Choice):
         return Verdict(self.follows, model, dict(seen=self.seen, fits=self.fits, forgot=self.forgot, follows=self.follows, tau_b=taus,
                                                  cpu_s=round(self.cpu_s, 3)))
 
-# %% ../nbs/25_learner.ipynb #d2bc027b
+# %% ../nbs/25_learner.ipynb #35253b6f
 VERSION = "1"
 ARRAYS = ("tag_keys", "tag_weights", "app_keys", "app_weights", "centre", "knots", "piece_weights", "bias", "quantiles")
 
@@ -600,7 +600,7 @@ def load(path: str | Path, target: str | None = None) -> tuple[Model, dict[str, 
         raise DataError(f"the learner's state in {path} was learned on {about['target']}, not on {target}; give each its own folder")
     return model, known
 
-# %% ../nbs/25_learner.ipynb #35253b6f
+# %% ../nbs/25_learner.ipynb #b9950528
 def applications(core: Core, most: int = 50) -> list[dict[str, Any]]:
     "The applications that are told apart, the busiest first: requests remembered, mean and quantiles of their lengths."
     model = next((e.model for e in core.experts if e.name == "means"), None)
@@ -641,7 +641,7 @@ def inspect(folder: str | Path) -> list[dict[str, Any]]:  # one of each state fi
             out.append(dict(file=file.name, target=f.metadata()["target"], **about))
     return out
 
-# %% ../nbs/25_learner.ipynb #f5186226
+# %% ../nbs/25_learner.ipynb #2e603d07
 log = logging.getLogger("vllm.pars_nb")
 
 
@@ -670,7 +670,7 @@ class Follows:
         x = np.interp(scores(m, columns(signals, scored)), _Z, m.quantiles)
         return np.minimum(x, np.log([s.most or math.inf for s in signals]))
 
-# %% ../nbs/25_learner.ipynb #2e603d07
+# %% ../nbs/25_learner.ipynb #a95d67e2
 class Engine(Follows):
     "The calls that a scheduler makes on every step."
     core: Core | None = None
@@ -703,7 +703,7 @@ class Engine(Follows):
         if self.child is not None:
             self.child.close()
 
-# %% ../nbs/25_learner.ipynb #a95d67e2
+# %% ../nbs/25_learner.ipynb #c1f8961f
 class Learner(Engine):
     "Lengths learned while serving. Of one engine, and one thread."
 
@@ -738,10 +738,13 @@ class Learner(Engine):
         elif self.child is not None and not self.child.give(row):
             self.dropped += 1
 
-# %% ../nbs/25_learner.ipynb #c1f8961f
+# %% ../nbs/25_learner.ipynb #021f876a
 def _start_core(settings: dict[str, Any], share: float | None = None, fresh: bool = True) -> Core:
     "A core, with the tables in the state's folder when it is `fresh`; a state of another target stays as it is, and none is written."
-    base, path = None, Path(settings["state"] or "") / f"{settings['name']}.safetensors"
+    base, folder = None, Path(settings["state"] or "")
+    path = folder / f"{settings['name']}.safetensors"
+    if not path.exists() and settings["state"]:  # a new engine begins with what its neighbours know
+        path = max(folder.glob("*.safetensors"), key=lambda f: f.stat().st_mtime, default=path)
     if fresh and settings["state"] and path.exists():
         try:
             base, _ = load(path)
@@ -764,7 +767,10 @@ def serve(fd: int) -> None:
     "The process: rows come through a pipe, verdicts go back. It ends when the pipe does, or its parent."
     import signal
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's; the pipe's end is ours
+    os.nice(10)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))  # off the cores that the engine may be bound to
     pipe, parent = Connection(fd), os.getppid()
     settings, rows = pipe.recv()
     core, saved = _start_core(settings, settings["share"], not rows), time.monotonic()
@@ -793,7 +799,7 @@ def serve(fd: int) -> None:
     if settings["state"]:
         _keep(core, settings)
 
-# %% ../nbs/25_learner.ipynb #021f876a
+# %% ../nbs/25_learner.ipynb #82fce1f2
 class Handed:
     "What is handed to the process, and what came back last."
 
@@ -832,7 +838,7 @@ class Handed:
         self.ended = True
         self.wake.set()
 
-# %% ../nbs/25_learner.ipynb #82fce1f2
+# %% ../nbs/25_learner.ipynb #dd14ace8
 class Child(Handed):
     "The process that learns, started anew when it dies."
 
@@ -856,7 +862,7 @@ class Child(Handed):
         root = str(Path(pars_nb.__file__).resolve().parents[1])
         code = f"import sys; sys.path.insert(0, {root!r}); from pars_nb.learner import serve; serve({theirs.fileno()})"
         env = os.environ | dict(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
-        self.process = subprocess.Popen(["nice", "-n", "10", sys.executable, "-c", code], pass_fds=[theirs.fileno()], env=env,
+        self.process = subprocess.Popen([sys.executable, "-c", code], pass_fds=[theirs.fileno()], env=env,
                                         stdin=subprocess.DEVNULL, start_new_session=True)
         theirs.close()
         ours.send((self.settings, list(self.lately)))
