@@ -162,6 +162,10 @@ class AskingScheduler(TaughtScheduler):
     "Asks the scorer about those that wait, and shows what the queue does."
     asked: dict[Request, float]  # handed to the scorer, and when
 
+    def ended(self, request: Request, t: Ticket, length: int, aborted: bool) -> None:
+        super().ended(request, t, length, aborted)
+        self.asked.pop(request, None)
+
     def ask(self, request: Request, now: float) -> None:
         "See how much of the prompt the cache holds, and hand it to the scorer."
         cached = self.kv_cache_manager.get_computed_blocks(request)[1]
