@@ -26,7 +26,7 @@ from common import write
 
 from pars_nb import simulate as after
 from pars_nb.cost import Tokens
-from pars_nb.policy import FCFS, HRRN, PARS, SJF, Policy, Scale, Threshold
+from pars_nb.policy import FCFS, HRRN, PARS, Policy, SJF, Scale, Threshold
 from pars_nb.simulate import EngineModel, Requests, capacity
 
 ROOT = Path(__file__).resolve().parent.parent
