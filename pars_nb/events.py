@@ -9,6 +9,7 @@ __all__ = ['Floats', 'Ints', 'Bools', 'IDLE', 'WAKING', 'NONE', 'Numbers', 'comp
 
 # %% ../nbs/32_events.ipynb #205248fe
 import heapq
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -43,6 +44,9 @@ class Given(NamedTuple):
     priority: Ints  # the smallest is served first, above any key
     due: Floats  # seconds; from then on it goes before all that are not due. Empty: the policy has no such rule
     service: Floats  # seconds; the order is by (wait + service) / service. Empty: the order is by key
+    claim: Ints  # work in the shadow of first come, first served (see `tail`). Empty: the policy has no such rule
+    lane: Bools  # goes before what is late. Empty: as `claim`
+    tail: Floats  # `tail` and `max_overtake_s` of such a policy
 
 # %% ../nbs/32_events.ipynb #d147e2b3
 class Queues(NamedTuple):
@@ -50,12 +54,14 @@ class Queues(NamedTuple):
     left: Ints  # children in the heap
     right: Ints
     taken: Bools  # left out of turn: dead in the heap until it surfaces
-    behind: Ints  # the next in the line of arrival (kept only for `due` and `service`)
+    behind: Ints  # the next in the line of arrival (kept only where the policy looks at it)
     beneath: Ints  # the next in the stack of the preempted
     root: Ints  # of the heap
     head: Ints  # of the line of arrival
     tail: Ints
     preempted: Ints  # the top of the stack
+    shadow: Ints  # (queues, classes): whose turn it would be under first come, first served
+    credit: Ints  # (queues, classes): work let in that the shadow has not served yet
 
 
 class Progress(NamedTuple):
@@ -121,10 +127,11 @@ def _floats(shape: int, fill: float = 0.0) -> Floats:
     return np.full(shape, fill, dtype=np.float64)
 
 
-def _queues(requests: int, queues: int) -> Queues:
+def _queues(requests: int, queues: int, classes: int) -> Queues:
     return Queues(left=_ints(requests, NONE), right=_ints(requests, NONE), taken=np.zeros(requests, np.bool_),
                   behind=_ints(requests, NONE), beneath=_ints(requests, NONE), root=_ints(queues, NONE),
-                  head=_ints(queues, NONE), tail=_ints(queues, NONE), preempted=_ints(queues, NONE))
+                  head=_ints(queues, NONE), tail=_ints(queues, NONE), preempted=_ints(queues, NONE),
+                  shadow=_ints((queues, classes), NONE), credit=_ints((queues, classes)))
 
 
 def _progress(requests: int) -> Progress:
@@ -150,6 +157,9 @@ def new_world(
     priority: Numbers | None = None,  # (n,) the smallest is served first, above any key; None: all alike
     due: Numbers = (),  # (n,) seconds, or empty; see `Given`
     service: Numbers = (),  # (n,) seconds, or empty; see `Given`
+    claim: Numbers = (),  # (n,) work, or empty; see `Given`
+    lane: Numbers = (),  # (n,) bool, or empty; see `Given`
+    tail: Numbers = (math.inf, math.inf),
     replicas: int = 1,
     queues: int = 1,  # one a replica, or one for all
 ) -> World:
@@ -159,12 +169,13 @@ def new_world(
     def ints(x: Numbers) -> Ints:
         return np.require(x, np.int64, ["C", "W"])
     n = len(arrival)
-    told = Given(arrival=floats(arrival), prompt=ints(prompt), output=ints(output), key=floats(key),
-                 priority=_ints(n) if priority is None else ints(priority), due=floats(due), service=floats(service))
+    classes, rank = np.unique(_ints(n) if priority is None else priority, return_inverse=True)
+    told = Given(arrival=floats(arrival), prompt=ints(prompt), output=ints(output), key=floats(key), priority=ints(rank),
+                 due=floats(due), service=floats(service), claim=ints(claim), lane=np.require(lane, np.bool_, ["C", "W"]), tail=floats(tail))
     plan = Plan(steps=_ints(replicas, IDLE), end=_floats(replicas), step_s=_floats(replicas), context=_ints(replicas),
                 version=_ints(replicas))
     counts = Counts(*(_ints(replicas) for _ in Counts._fields))
-    return World(engine, told, _queues(n, queues), _progress(n), _replicas(replicas, engine), plan, counts)
+    return World(engine, told, _queues(n, queues, len(classes)), _progress(n), _replicas(replicas, engine), plan, counts)
 
 # %% ../nbs/32_events.ipynb #c0de0002
 compiled = njit(cache=True, _nrt=False)
@@ -205,7 +216,7 @@ def _merge(world, one, other):
 @compiled
 def _has_line(given):
     "Does the policy look at the line of arrival?"
-    return given.due.size > 0 or given.service.size > 0
+    return given.due.size > 0 or given.service.size > 0 or given.claim.size > 0
 
 
 @compiled
@@ -220,6 +231,8 @@ def _join(world, queue, request):
     else:
         queues.behind[queues.tail[queue]] = request
     queues.tail[queue] = request
+    if queues.shadow[queue, world.given.priority[request]] < 0:
+        queues.shadow[queue, world.given.priority[request]] = request
 
 
 @compiled
@@ -248,21 +261,52 @@ def _root(world, queue):
 
 
 @compiled
-def _along_line(world, queue, root, now):
-    "The next of the root's class by the line of arrival: the oldest if it is due, or the highest response ratio."
-    given, queues = world.given, world.queues
+def _oldest(world, queue, priority):
+    "The first of a class in the line of arrival."
+    queues = world.queues
     while queues.head[queue] >= 0 and queues.taken[queues.head[queue]]:
         queues.head[queue] = queues.behind[queues.head[queue]]
-    request, best, highest = queues.head[queue], root, -1.0
+    request = queues.head[queue]
+    while queues.taken[request] or world.given.priority[request] != priority:
+        request = queues.behind[request]
+    return request
+
+
+@compiled
+def _best_ratio(world, queue, oldest, now):
+    "The one of its class that has waited longest in terms of its service."
+    given, queues = world.given, world.queues
+    best, highest, request = oldest, -1.0, oldest
     while request >= 0:
-        if not queues.taken[request] and given.priority[request] == given.priority[root]:
-            if given.due.size:
-                return request if given.due[request] <= now else root
-            ratio = (now - given.arrival[request]) / given.service[request]
-            if ratio > highest:
-                best, highest = request, ratio
+        ratio = (now - given.arrival[request]) / given.service[request]
+        if ratio > highest and not queues.taken[request] and given.priority[request] == given.priority[oldest]:
+            best, highest = request, ratio
         request = queues.behind[request]
     return best
+
+# %% ../nbs/32_events.ipynb #5d0a7a11
+@compiled
+def _shadow_head(world, queue, priority):
+    "Whose turn it would be under first come, first served; −1 when all have been served."
+    given, queues = world.given, world.queues
+    request = queues.shadow[queue, priority]
+    while request >= 0 and (given.priority[request] != priority or queues.credit[queue, priority] >= given.claim[request]):
+        if given.priority[request] == priority:
+            queues.credit[queue, priority] -= given.claim[request]
+        request = queues.behind[request]
+    queues.shadow[queue, priority] = request
+    return request
+
+
+@compiled
+def _late(world, queue, root, oldest, now):
+    "Does the oldest go before the root, by the tail rule?"
+    given = world.given
+    tail, most, head = given.tail[0], given.tail[1], _shadow_head(world, queue, given.priority[root])
+    if given.arrival[root] - given.arrival[oldest] > most:
+        return True
+    turn = given.arrival[head] if head >= 0 else np.inf
+    return not given.lane[root] and (tail == 0 or now - given.arrival[oldest] > tail * (now - turn))
 
 # %% ../nbs/32_events.ipynb #2e8f4d68
 @compiled
@@ -274,7 +318,11 @@ def _peek(world, queue, now):
         return front
     if root < 0 or not _has_line(world.given):
         return root
-    return _along_line(world, queue, root, now)
+    oldest = _oldest(world, queue, priority[root])
+    if world.given.service.size:
+        return _best_ratio(world, queue, oldest, now)
+    late = world.given.due[oldest] <= now if world.given.due.size else _late(world, queue, root, oldest, now)
+    return oldest if late else root
 
 
 @compiled
@@ -283,8 +331,10 @@ def _take(world, queue, request):
     queues = world.queues
     if request == queues.preempted[queue]:
         queues.preempted[queue] = queues.beneath[request]
-    else:
-        queues.taken[request] = True
+        return
+    queues.taken[request] = True
+    if world.given.claim.size:
+        queues.credit[queue, world.given.priority[request]] += world.given.claim[request]
 
 # %% ../nbs/32_events.ipynb #2470c4b8
 @compiled
