@@ -92,6 +92,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'pars_nb.bench.Run': ('bench.html#run', 'pars_nb/bench.py'),
                                'pars_nb.bench._runs': ('bench.html#_runs', 'pars_nb/bench.py'),
                                'pars_nb.bench.assemble': ('bench.html#assemble', 'pars_nb/bench.py'),
+                               'pars_nb.bench.draw_lengths': ('bench.html#draw_lengths', 'pars_nb/bench.py'),
                                'pars_nb.bench.figure': ('bench.html#figure', 'pars_nb/bench.py'),
                                'pars_nb.bench.machine': ('bench.html#machine', 'pars_nb/bench.py'),
                                'pars_nb.bench.ranker_facts': ('bench.html#ranker_facts', 'pars_nb/bench.py'),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONTROL', 'SHOWN', 'variants', 'BenchSettings', 'run_bench', 'Run', 'table', 'assemble', 'machine', 'ranker_facts',
-           'figure', 'write_results']
+           'figure', 'write_results', 'draw_lengths']
 
 # %% ../nbs/42_bench.ipynb #a56bcdfd
 import json
@@ -193,6 +193,21 @@ def write_results(result: dict[str, Any], runs: Sequence[Run], out: Path) -> Non
     fig = figure(runs)
     fig.savefig(out / "figure.png", dpi=110)
     plt.close(fig)
+
+# %% ../nbs/42_bench.ipynb #b9865cb0
+def draw_lengths(records: Sequence[Record], path: Path) -> Path:
+    "How long the answers are: what share of the prompts, and of all tokens, lies below each length."
+    lengths = np.sort([r.mean for r in records])
+    share = np.arange(1, len(lengths) + 1) / len(lengths)
+    fig, ax = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    ax.plot(lengths, share, label="of the prompts")
+    ax.plot(lengths, lengths.cumsum() / lengths.sum(), label="of all tokens")
+    ax.set(xscale="log", xlabel="answer length (tokens, log)", ylabel="share below this length", title="A few long answers hold most of the work")
+    ax.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=80)
+    plt.close(fig)
+    return path
 
 # %% ../nbs/42_bench.ipynb #76e68379
 __getattr__ = forwards("bench")  # names that stood here in 0.1
