@@ -29,7 +29,7 @@ from .lane import Express
 from .learner import Learner
 from .meters import Meters, State
 from .moved import forwards
-from .policy import FCFS, HRRN, PARS, SJF, Policy, Scale, Threshold
+from .policy import FCFS, HRRN, PARS, Policy, SJF, Scale, Threshold
 from .score import ScoreThread
 from .signals import Marks, Reader
 from .trust import Trust
@@ -161,6 +161,10 @@ class TaughtScheduler(OrderedScheduler):
 class AskingScheduler(TaughtScheduler):
     "Asks the scorer about those that wait, and shows what the queue does."
     asked: dict[Request, float]  # handed to the scorer, and when
+
+    def ended(self, request: Request, t: Ticket, length: int, aborted: bool) -> None:
+        super().ended(request, t, length, aborted)
+        self.asked.pop(request, None)
 
     def ask(self, request: Request, now: float) -> None:
         "See how much of the prompt the cache holds, and hand it to the scorer."
