@@ -120,7 +120,11 @@ def _no_end(text: str) -> str:
 
 # %% ../nbs/01_files.ipynb #41d57c30
 def _delimiter(header: str) -> str:
-    return max(",\t;|", key=lambda c: len(next(csv.reader([header], delimiter=c), [])))
+    return max(",\t;|", key=lambda c: len(_split(header, c)))
+
+
+def _split(header: str, delimiter: str) -> list[str]:
+    return next(csv.reader([header], delimiter=delimiter), [])
 
 
 def _csv_rows(name: str, text: Iterator[tuple[int, str]]) -> Iterator[Row]:
@@ -132,11 +136,15 @@ def _csv_rows(name: str, text: Iterator[tuple[int, str]]) -> Iterator[Row]:
     delimiter = header.strip()[4:] if re.fullmatch(r"sep=\S", header.strip()) else ""  # Excel's own first line
     if delimiter:
         header = next((t for t in seen if t.strip()), "")
-    columns = [c.strip() for c in next(csv.reader([header], delimiter=delimiter or _delimiter(header)), [])]
+    csv.field_size_limit(2**31 - 1)  # a prompt may be long
+    try:
+        delimiter = delimiter or _delimiter(header)
+        columns = [c.strip() for c in _split(header, delimiter)]
+    except csv.Error as e:
+        raise DataError(f"{name}: the line with the columns' names is broken CSV ({first_line(e)}); end lines with \\n") from e
     if twice := {c for c in columns if columns.count(c) > 1}:
         raise DataError(f"{name}: two columns are called {sorted(twice)}; rename one")
-    csv.field_size_limit(2**31 - 1)  # a prompt may be long
-    reader = csv.reader(seen, delimiter=delimiter or _delimiter(header), strict=True)
+    reader = csv.reader(seen, delimiter=delimiter, strict=True)
     yield from _fields(name, reader, columns, at)
 
 

@@ -389,6 +389,10 @@ def _has_pair(v: dict[str, Any]) -> bool:
     return isinstance(sent, dict) and isinstance(got, dict) and "custom_id" not in v
 
 
+def _has_lists(v: dict[str, Any]) -> bool:
+    return isinstance(v.get("output_lens"), list) and isinstance(v.get("input_lens"), list)
+
+
 def _has_data(v: dict[str, Any]) -> bool:
     return isinstance(v.get("data"), dict) and "native_tokens_completion" in v["data"]
 
@@ -402,7 +406,7 @@ def _has_answers(v: dict[str, Any]) -> bool:
 FORMATS = (
     LogFormat("openai-batch", _any(_has("custom_id", "response"), _has("custom_id", "result")), read_batch),
     LogFormat("otel", _has_spans, read_otel),
-    LogFormat("vllm-bench", _has("input_lens", "output_lens"), read_bench),
+    LogFormat("vllm-bench", _has_lists, read_bench),
     LogFormat("openrouter", _any(_has("native_tokens_completion"), _has("generation_id", "tokens_completion"), _has_data), read_openrouter),
     LogFormat("langfuse", _any(_has("traceId", "type"), _has("id", "observations"), _has("usageDetails", "input")), read_langfuse),
     LogFormat("litellm", _has("call_type", "completion_tokens"), read_litellm),
