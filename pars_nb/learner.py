@@ -37,13 +37,24 @@ _Z = np.linspace(-3.5, 3.5, 281)
 _P = np.array([NormalDist().cdf(z) for z in _Z])
 
 
-def normal_scores(x: np.ndarray) -> np.ndarray:
-    "Normal scores of ranks, equal values alike (van der Waerden 1952)."
-    if not len(x):
-        return np.zeros(0)
-    ordered = np.sort(x)
-    middle = (np.searchsorted(ordered, x, "left") + np.searchsorted(ordered, x, "right")) / 2
-    return np.interp(middle / len(x), _P, _Z)
+def normal_scores(
+    x: np.ndarray,  # (n,) lengths
+    bound: np.ndarray | None = None,  # (n,) which of them are lower bounds
+) -> tuple[np.ndarray, np.ndarray]:  # (n,) scores; (281,) log lengths at the scores −3.5 … 3.5
+    "Normal scores of ranks (van der Waerden 1952) in the distribution that is left when bounds are bounds (Kaplan and Meier 1958)."
+    bound = np.zeros(len(x), dtype=bool) if bound is None else bound
+    value, at = np.unique(x, return_inverse=True)
+    ended = np.bincount(at, weights=~bound, minlength=len(value))
+    under_way = len(x) - np.concatenate(([0], np.cumsum(np.bincount(at))[:-1]))
+    left = np.cumprod(1 - ended / under_way)
+    before = np.concatenate(([1.0], left[:-1]))
+    score = np.interp(np.where(bound, 1 - left[at], 1 - (left[at] + before[at]) / 2), _P, _Z)
+    known = np.flatnonzero(ended)
+    if len(known) < 2:
+        return score, np.full(len(_Z), math.log(max(1.0, float(np.max(x)))))
+    z, log = np.interp(1 - (left + before)[known] / 2, _P, _Z), np.log(np.maximum(1, value[known]))
+    slope = max(0.0, float(np.polyfit(z, log, 1)[0]))
+    return score, np.interp(_Z, z, log) + slope * np.maximum(0, _Z - z[-1])  # longer than all that have ended: on a line
 
 
 def beyond(score: np.ndarray, spread: float, bound: np.ndarray) -> np.ndarray:
@@ -295,16 +306,16 @@ def fit(
     x, kept = matrix(c, s, words)
     lengths, bound = np.array([r.length for r in rows], dtype=float), np.array([r.bound for r in rows])
     young = 0.5 ** (np.arange(len(rows))[::-1] / half)
-    w, floor = _start(s, kept, before, x), normal_scores(lengths)
+    w, (floor, logs) = _start(s, kept, before, x), normal_scores(lengths, bound)
     y = floor.copy()
     offset = x.dense[:, -1] / BASE if base is not None else 0.0
-    for _ in range(3 if bound.any() else 1):
+    for _ in range(4 if bound.any() else 1):
         middle = float(np.average(y - offset, weights=young))
         w = ridge(x, y - offset - middle, young, w)
         predicted = x.times(w) + offset + middle
         rest = float(np.sqrt(np.average((y - predicted) ** 2, weights=young))) + 1e-3
         y[bound] = beyond(predicted, rest, floor)[bound]
-    return _model(s, w, kept, middle, lengths)
+    return _model(s, w, kept, middle, logs)
 
 # %% ../nbs/25_learner.ipynb #bc7f6752
 def _start(s: dict[str, Any], kept: np.ndarray, before: Model | None, x: Matrix) -> np.ndarray:
@@ -315,7 +326,7 @@ def _start(s: dict[str, Any], kept: np.ndarray, before: Model | None, x: Matrix)
     return w
 
 
-def _model(s: dict[str, Any], w: np.ndarray, kept: np.ndarray, middle: float, lengths: np.ndarray) -> Model:
+def _model(s: dict[str, Any], w: np.ndarray, kept: np.ndarray, middle: float, logs: np.ndarray) -> Model:
     "Weights of columns as tables."
     t, a, base = len(s["tag_keys"]), len(s["app_keys"]), s["base"]
     value, square = np.zeros(SLOTS, np.float32), np.zeros(SLOTS, np.float32)
@@ -325,7 +336,7 @@ def _model(s: dict[str, Any], w: np.ndarray, kept: np.ndarray, middle: float, le
     dense = w[at + 4 * a + 4 :]
     bias = np.array([middle + dense[0], 1 + dense[19] / BASE if base is not None else 0.0])
     return Model(value, square, s["tag_keys"], TAG * w[len(kept) : at], s["app_keys"], apps, s["centre"], s["knots"],
-                 dense[1:19] * np.repeat([LENGTH, LENGTH, SCORE], 6), bias, np.log(np.maximum(1, np.quantile(lengths, _P))), base)
+                 dense[1:19] * np.repeat([LENGTH, LENGTH, SCORE], 6), bias, logs, base)
 
 # %% ../nbs/25_learner.ipynb #98d96894
 class Judged(NamedTuple):

@@ -162,7 +162,7 @@ class TaughtScheduler(OrderedScheduler):
 
 # %% ../nbs/29_scheduler.ipynb #a4dacac0
 class AskingScheduler(TaughtScheduler):
-    "Asks the scorer about those that wait, and shows what the queue does."
+    "Asks the scorer about those that wait, and puts them in their places."
     asked: dict[Request, float]  # handed to the scorer, and when
 
     def ended(self, request: Request, t: Ticket, length: int, aborted: bool) -> None:
@@ -195,6 +195,10 @@ class AskingScheduler(TaughtScheduler):
             self.meters.inc("none" if score is None else "scored")
             self.meters.m["score_seconds"].observe(max(0.0, now - since))
 
+# %% ../nbs/29_scheduler.ipynb #c38f0385
+class ShownScheduler(AskingScheduler):
+    "What `/metrics` and the log show, and what the learner hears of those that run; four times a second at most."
+
     def count(self, admitted: list[Any], now: float) -> None:
         "What the step did to those that waited."
         q, oldest = self.waiting.q, self.waiting.q.oldest()
@@ -207,10 +211,6 @@ class AskingScheduler(TaughtScheduler):
         self.meters.inc("promotions", q.promoted)
         q.promoted = 0
         self.meters.poll(log, partial(self.state, now))
-
-# %% ../nbs/29_scheduler.ipynb #c38f0385
-class ShownScheduler(AskingScheduler):
-    "What `/metrics` and the log show, and what the learner hears of those that run; four times a second at most."
 
     def state(self, now: float) -> State:
         "The gauges."

@@ -183,10 +183,10 @@ def streams(data: Data, tokenizer: Words, seeds: int = 3, only: str = "") -> Non
         write(f"learning/{name}", ranker=ranker, cuts=runs[0]["cuts"], median=med, seeds=runs)
 
 
-def standardised(x: np.ndarray) -> np.ndarray:
+def standardised(x: np.ndarray, bound: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     "Log lengths, as a target in place of normal scores."
     log = np.log(np.maximum(1, x))
-    return (log - log.mean()) / (log.std() + 1e-9)
+    return (log - log.mean()) / (log.std() + 1e-9), log.mean() + log.std() * np.linspace(-3.5, 3.5, 281)
 
 
 PARTS: dict[str, dict[str, Any]] = {  # what is changed in pars_nb.learner
