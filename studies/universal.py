@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import typer
-from common import Data, write
+from common import RESULTS, Data, write
 
 from pars_nb.card import RankerMeta
 from pars_nb.order import bootstrap, tau_b
-from pars_nb.records import Record, fingerprint, unit_hash
-from pars_nb.student import Student, learn
+from pars_nb.records import Record, draw, fingerprint, read, split, unit_hash
+from pars_nb.student import SIGNALS, Student, adapted, learn, look, load_student
 
 app = typer.Typer(add_completion=False)
 HERE = Path(__file__).resolve().parent
@@ -41,8 +41,8 @@ NOT_FREE = dict(
     reason_math500_gsm8k="one of three sources of the lengths states no licence; prompts of MATH", gemma4_mmlu_pro_thinking="no licence stated",
     zeroeval_math_l5="MATH: MIT by its authors, but its problems are a publisher's, on whose complaint the set was withdrawn")
 MOST = 3000  # prompts of one source that are learned from
-PRIOR = 3.0  # weight of the hand-written requests, in prompts of a source
-KEEP = 0.2  # share of the difference between the sources' means that is learned; the rest is left to the traffic's own means
+PRIOR = 10.0  # how much more a hand-written request weighs than a prompt of a source of that size; it is told for plain requests and passages
+KEEP = 0.1  # share of the difference between the sources' means that is learned; the rest is left to the traffic's own means
 
 
 def plain(text: str) -> str:
@@ -116,7 +116,8 @@ def lesson(data: Path, without: tuple[str, ...] = (), models: tuple[str, ...] = 
     if prompts is not None:
         rows = rows[rows.prompt_id.isin(prompts)]
     rows = pd.concat([r.sample(min(MOST, len(r)), random_state=seed) for _, r in rows.groupby("source", sort=False)])
-    rows = pd.concat([rows, expected(seed=seed)]) if prior else rows
+    table = expected(seed=seed)
+    rows = pd.concat([rows, table[[look(p).kind < 2 for p in table.prompt]]]) if prior else rows  # code and maths: there are real ones
     of_source = rows.groupby("source").log
     mean = of_source.transform("mean")
     weight = of_source.transform("size") ** -0.75
@@ -189,6 +190,114 @@ def leave_out(data: Data, seeds: int = 3) -> None:
     write("universal/leave_out", seeds=seeds, most=MOST, prior=PRIOR, keep=KEEP, sources=list(FREE), rows=rows)
 
 
+GROUPS = dict(  # signals that are left out together
+    size=("size", "long"), lines=("lines", "first line", "blank line", "bullets"), question=("questions", "asks"),
+    punctuation=("quotes", "colon", "commas"), marks=("code marks", "formula marks", "digits"), asked=("asked", "asked at all"),
+    opening=("why", "how", "what", "who", "yes or no"), all=SIGNALS)
+
+
+@app.command()
+def signals(data: Data, seeds: int = 1) -> None:
+    "What each group of signals is worth: workloads judged without it; and without words, without the hand-written requests."
+    rows = []
+    for seed in range(seeds):
+        for name in ("nothing", *GROUPS, "hand-written requests"):
+            kw = dict(without=GROUPS.get(name, ())) | (dict(prior=0.0) if name.startswith("hand") else {})
+            found = by_workload(data, FIRST_GOALS, seed, boot=0, **kw)  # type: ignore[arg-type]
+            rows.append(dict(without=name, seed=seed, tau_b={k: r["tau_b"] for k, r in found.items()}))
+            print(name, {k: round(v, 3) for k, v in rows[-1]["tau_b"].items()}, flush=True)
+    write("universal/signals", seeds=seeds, groups=GROUPS, rows=rows)
+
+
+ADAPT = dict(castillo_alpaca=LLAMA, castillo_dolly=LLAMA, castillo_sharegpt=LLAMA, alpaca_davinci003=None,
+             reason_math500_gsm8k="DeepSeek-R1-Distill-Llama-8B")  # as in results/ranking/adapt.json, and split as there
+
+
+@app.command()
+def adapt(data: Data, seeds: int = 3) -> None:
+    "τ_b with 0, 20, 50 and 200 lengths of the target, on the prompts that results/ranking/adapt.json was tested on."
+    rows = []
+    for name, target in ADAPT.items():
+        train, _, test = split(read(data / f"{name}.parquet", target), (0.65, 0.05, 0.3), 0)
+        test, left_out = draw(test, 2000, 0), ((name,) if name in FREE else ())
+        student = taught(lesson(data, left_out, third(data, 0)))
+        prompts, y = [r.prompt for r in test], np.array([r.mean for r in test])
+        for n in (0, 20, 50, 200):
+            for seed in range(seeds if n else 1):
+                some = draw(train, n, seed) if n else []
+                s = adapted(student, [r.prompt for r in some], np.log([r.mean for r in some])) if n else student
+                rows.append(dict(workload=name, lengths=n, seed=seed, tau_b=tau_b(s.score(prompts), y), prompts=len(y)))
+                print(rows[-1], flush=True)
+    write("universal/adapt", seeds=seeds, rows=rows)
+
+
+CASTILLO = ("castillo_alpaca", "castillo_dolly", "castillo_sharegpt", "castillo_mbpp", "castillo_apps", "castillo_ds1000")
+TARGETS = (LLAMA, "Mistral-7B-Instruct-v0.3", "Qwen2.5-32B-Instruct", "gemma-3-4b-it", "Mixtral-8x7B-Instruct-v0.1")
+
+
+def shifted(scores: np.ndarray, logs: np.ndarray, known: np.ndarray, slope: bool) -> np.ndarray:
+    "Scores of one workload moved (and stretched, shrunk towards 1) so that they fit the known lengths."
+    s, y = scores[known], logs[known]
+    about, prior = s - s.mean(), 10 * scores.var()
+    b = max(0.1, (about @ y + prior) / (about @ about + prior)) if slope else 1.0
+    return y.mean() + b * (scores - s.mean())
+
+
+@app.command()
+def mixed(data: Data, seeds: int = 3, known: int = 20) -> None:
+    "Castillo's workloads pooled: one target model that was left out, prompts that were left out, so many lengths of each workload known."
+    rows = []
+    for target in TARGETS:
+        every = free(data)
+        seen = every.prompt_id[[unit_hash(p) < 0.7 for p in every.prompt_id]]
+        student = taught(lesson(data, models=(one_name(target),), prompts=seen))
+        parts = []
+        for name in CASTILLO:
+            r = source(data, name)
+            r = r[(r.model == target) & [unit_hash(p) >= 0.7 for p in r.prompt_id]]
+            parts.append((name, student.score(r.prompt.tolist()).astype(float), r.log.to_numpy(), r.length.to_numpy()))
+        for seed in range(seeds):
+            rng = np.random.default_rng(seed)
+            out: dict[str, list[np.ndarray]] = {k: [] for k in ("as it is", "shift", "shift and slope", "means alone", "length")}
+            for _, s, y, length in parts:
+                order = rng.permutation(len(y))
+                at, rest = order[:known], order[known:]
+                out["as it is"].append(s[rest])
+                out["shift"].append(shifted(s, y, at, False)[rest])
+                out["shift and slope"].append(shifted(s, y, at, True)[rest])
+                out["means alone"].append(np.full(len(rest), y[at].mean()))
+                out["length"].append(length[rest])
+            truth = np.concatenate(out.pop("length"))
+            rows.append(dict(target=target, seed=seed, prompts=len(truth), tau_b={k: tau_b(np.concatenate(v), truth) for k, v in out.items()}))
+            print(rows[-1], flush=True)
+    write("universal/mixed", seeds=seeds, known=known, workloads=CASTILLO, rows=rows)
+
+
+@app.command()
+def speed(data: Data, repeats: int = 20) -> None:
+    "Microseconds a prompt of 128 words, one at a time and in batches of 64; least of the repeats and their median."
+    import time
+
+    student = load_student(OUT)
+    rows = free(data).drop_duplicates("prompt_id")
+    prompts = [p for p in rows.prompt if 118 <= len(p.split()) <= 138][:256]
+    out: dict[str, dict[str, float]] = {}
+    for name, size in (("one at a time", 1), ("batches of 64", 64)):
+        took = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            for i in range(0, len(prompts), size):
+                student.score(prompts[i : i + size])
+            took.append((time.perf_counter() - start) / len(prompts) * 1e6)
+        out[name] = dict(least=min(took), median=float(np.median(took)))
+    print(out)
+    write("universal/speed", repeats=repeats, prompts=len(prompts), characters=float(np.mean([len(p) for p in prompts])), us_a_prompt=out)
+
+
+def as_record(prompt_id: str, prompt: str, log: float) -> Record:
+    return Record(prompt_id=prompt_id, prompt=prompt, model="consensus", lengths=(max(1, round(float(np.exp(log)))),), capped=(False,))
+
+
 @app.command()
 def fit(data: Data, seed: int = 0) -> None:
     "Write the student that ships: all sources of free licence, all models; its tables of quantiles come from a tenth that it was not taught."
@@ -200,12 +309,66 @@ def fit(data: Data, seed: int = 0) -> None:
     student = taught(everything)
     student.meta.measure(trial.score(held.prompt.tolist()), lengths)
     real = everything[everything.source != "expected"]
-    student.meta.fingerprint = fingerprint([Record(prompt_id=i, prompt=p, model="consensus", lengths=(max(1, round(float(np.exp(y)))),), capped=(False,))
-                                            for i, p, y in zip(real.prompt_id, real.prompt, real.log, strict=True)])
+    student.meta.fingerprint = fingerprint([as_record(*r) for r in zip(real.prompt_id, real.prompt, real.log, strict=True)])
     student.meta.train_prompts, student.meta.token_source, student.meta.seed = len(real), "mixed", seed
     student.meta.metrics = dict(tau_b=round(tau_b(trial.score(held.prompt.tolist()), lengths), 4), prompts=float(len(held)))
     student.save(OUT)
     print({p.name: p.stat().st_size for p in OUT.iterdir()}, student.meta.metrics)
+
+
+CARD = """---
+library_name: pars_nb
+license: cc-by-sa-4.0
+tags: [pars, vllm, llm-scheduling, learning-to-rank]
+---
+# universal: a first guess at how long an LLM will answer
+
+A linear model over hashed words and {signals} signals of a request; a higher score means a longer answer. It comes with `pars_nb` as
+`--ranker universal`, for the time before lengths of your own model and traffic are there. `pars eval --ranker universal` says on your own
+lengths what it is worth; `pars_nb.student.adapted` corrects it with some tens of them; a ranker trained on them is better.
+
+## What it learned from
+
+{prompts:,} prompts of these sources, the mean log length over all models and runs, each model's own level taken out; and {frames} kinds of
+requests written by hand with the length that one expects (`studies/prior.tsv`). No prompt that stands in a file of no free licence was
+used. The tables are sums of hashed words; no prompt can be read from them. Two sources are CC BY-SA, so these tables are offered as
+CC BY-SA 4.0; the package's code is not affected.
+
+| source | lengths | prompts |
+|---|---|---|
+{free}
+
+Left out:
+
+| source | why |
+|---|---|
+{not_free}
+
+## What it is worth
+
+Kendall's τ_b on workloads that were left out of training together with a third of all models, against prompt length: the median over the
+models left out, and over {seeds} draws of them (least to greatest). `python studies/universal.py leave-out`.
+
+| workload | universal | by draw | prompt length |
+|---|---|---|---|
+{table}
+
+It is worth little on chat of real users, on hard mathematics and on competition code, and nothing where it stands below prompt length.
+"""
+
+
+@app.command()
+def card() -> None:
+    "The README of the student that ships, from what was measured."
+    meta = load_student(OUT).meta
+    rows = pd.DataFrame(json.loads((RESULTS / "universal/leave_out.json").read_text())["rows"])
+    of = rows.groupby("workload", sort=False)
+    table = of.agg(tau=("tau_b", "median"), low=("tau_b", "min"), high=("tau_b", "max"), size=("prompt_length", "median"))
+    lines = [f"| {k} | {r.tau:.2f} | {r.low:.2f} to {r.high:.2f} | {r['size']:.2f} |" for k, r in table.iterrows()]
+    frames = sum(not line.startswith("#") for line in (HERE / "prior.tsv").read_text().splitlines())
+    (OUT / "README.md").write_text(CARD.format(
+        signals=len(SIGNALS), prompts=meta.train_prompts, frames=frames, seeds=rows.seed.nunique(), table="\n".join(lines),
+        free="\n".join(f"| {k} | {a} | {b} |" for k, (a, b) in FREE.items()), not_free="\n".join(f"| {k} | {v} |" for k, v in NOT_FREE.items())))
 
 
 if __name__ == "__main__":
