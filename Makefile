@@ -19,27 +19,27 @@ define install
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=..."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[$(1)]'
-	$(BIN)/python scripts/mend_torch_extras.py
+	$(BIN)/python tools/mend_torch_extras.py
 	touch $@
 endef
 
 $(VENV)/demo.ok: settings.ini constraints.txt setup.py
-	$(call install,$(ENGINE)$(comma)fast)
+	$(call install,$(ENGINE)$(comma)bench$(comma)fast)
 $(VENV)/test.ok: settings.ini constraints.txt setup.py
-	$(call install,$(ENGINE)$(comma)fast$(comma)server$(comma)dev)
+	$(call install,$(ENGINE)$(comma)dev)
 	touch $(VENV)/demo.ok
 $(VENV)/gpu.ok: settings.ini constraints.txt setup.py
-	$(call install,fast$(comma)server$(comma)dev)
+	$(call install,dev)
 $(VENV)/real.ok: settings.ini constraints.txt setup.py
-	$(call install,$(ENGINE)$(comma)fast$(comma)server$(comma)real)
+	$(call install,$(ENGINE)$(comma)bench$(comma)fast$(comma)server$(comma)real)
 $(VENV)/lab.ok: settings.ini constraints.txt setup.py
-	$(call install,$(ENGINE)$(comma)fast$(comma)server$(comma)dev$(comma)lab)
+	$(call install,$(ENGINE)$(comma)dev$(comma)lab)
 
 demo: $(VENV)/demo.ok  ## the whole loop on the embedded LLM: collect, train, serve; FCFS against PARS against the oracle
 	pars demo --out results/demo
 
 check: $(VENV)/test.ok  ## notebooks and modules agree; ruff; mypy; imports
-	sh scripts/check.sh
+	sh tools/check.sh
 
 test: check  ## all checks, then every asserting cell as a pytest item
 	pytest -q nbs
@@ -48,19 +48,19 @@ test-slow: $(VENV)/test.ok  ## the cells that take minutes too
 	pytest -q nbs --flags slow
 
 test-gpu:  ## the `#| cuda` cells; says so and stops where there is no GPU
-	sh scripts/test_gpu.sh
+	sh tools/test_gpu.sh
 
 real: $(VENV)/real.ok  ## train and bench on recorded lengths in ../shared/data (the tables in results/real)
-	sh scripts/real.sh
+	sh studies/real.sh
 
 conformance: $(VENV)/test.ok  ## vLLM's own scheduler tests, stock and with our class: results/serving/conformance.json
-	python scripts/conformance.py
+	python studies/conformance.py
 
 lab: $(VENV)/lab.ok  ## JupyterLab on the notebooks
 	jupyter lab nbs
 
 docs-readme: $(VENV)/test.ok  ## README.md from nbs/index.ipynb
-	python scripts/readme.py
+	python tools/readme.py
 
 clean:  ## remove what was built; results stay
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .hypothesis nbs/.hypothesis nbs/.ipynb_checkpoints

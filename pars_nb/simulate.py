@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 from pydantic import BaseModel, Field
 
-from .data import DataError
-from .events import ROUTING, Limits, World, drive
-from .metrics import Served
+from .errors import DataError
+from .events import Limits, ROUTING, World, drive
+from .latency import Served
 from .policy import FCFS, Policy, Ticket
 
 # %% ../nbs/09_simulate.ipynb #b13c0c5b
