@@ -5,34 +5,32 @@
 # %% auto #0
 __all__ = ['Scores', 'PARSIngress', 'PARSServer']
 
-# %% ../nbs/43_ingress.ipynb #49c1164b
+# %% ../nbs/43_ingress.ipynb #af75d9be
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
 
-from fastapi import Request, Response
+from .errors import extra
+from .route import last_user_text
 
-from .router import last_user_text
-
-# %% ../nbs/43_ingress.ipynb #a54318f2
-try:
+with extra("fleet"):
+    from fastapi import Request, Response
     from ray.serve.llm.deployment import LLMServer
     from ray.serve.llm.ingress import OpenAiIngress
     from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
-except ImportError as e:
-    raise ImportError("serving replicas over Ray needs Ray Serve and vLLM: `pip install 'pars_nb[fleet,cpu]'` (or gpu for cpu)") from e
 
-# %% ../nbs/43_ingress.ipynb #da09baac
+# %% ../nbs/43_ingress.ipynb #2b5e4fb2
 class Scores:
     "Puts a ranker's score into a body's `vllm_xargs`, once; a request that can't be scored in `wait_s` goes on without."
 
     def __init__(self, ranker: str | None = None, backend: str = "auto", client_scores: bool = False, wait_s: float = 0.25) -> None:
         self.client_scores, self.wait_s, self.score = client_scores, wait_s, None
         if ranker is not None:
-            from pars_nb.backends import load_scorer
-            from pars_nb.server import AsyncScores, RemoteRanker
-            self.score = AsyncScores((RemoteRanker(ranker) if ranker.startswith("http") else load_scorer(ranker, backend)).score)
+            from pars_nb.backends import open_ranker
+            from pars_nb.server import AsyncScores
+
+            self.score = AsyncScores(open_ranker(ranker, backend).score)
 
     async def __call__(self, body: Any) -> None:
         told = dict(body.vllm_xargs or {})
@@ -47,12 +45,20 @@ class Scores:
                 told["pars_score"] = score
         body.vllm_xargs = told or None
 
-# %% ../nbs/43_ingress.ipynb #6a97acd7
+# %% ../nbs/43_ingress.ipynb #fb2adcc3
 class PARSIngress(OpenAiIngress):
     "Ray's OpenAI ingress that scores: `ingress_cls: pars_nb.ingress:PARSIngress`, its settings in `ingress_extra_kwargs`."
 
-    def __init__(self, *args: Any, ranker: str | None = None, backend: str = "auto", client_scores: bool = False,
-                 wait_s: float = 0.25, **kw: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        ranker: str | None = None,
+        backend: str = "auto",
+        client_scores: bool = False,
+        wait_s: float = 0.25,
+        router: str = "",  # named here so that another router starts the ingress anew: a running one keeps the router that it has
+        **kw: Any,
+    ) -> None:
         super().__init__(*args, **kw)
         self.scores = Scores(ranker, backend, client_scores, wait_s)
 
