@@ -19,10 +19,10 @@ from .engine import engine_dtype
 from .errors import EngineError, extra
 from .tiny import tiny_llm
 
-# %% ../nbs/43_fleet.ipynb #47f991b9
+# %% ../nbs/43_fleet.ipynb #9ea422c5
 ROUTERS = {
     "predicted-work": "pars_nb.router:PredictedWorkRouter",
-    "power-of-two": "ray.serve.request_router:PowerOfTwoChoicesRequestRouter",
+    "power-of-two": "",  # Ray's default
     "round-robin": "ray.serve.experimental.round_robin_router:RoundRobinRouter",
     "prefix-aware": "ray.serve.llm.request_router:PrefixCacheAffinityRouter",
 }
@@ -45,19 +45,20 @@ class FleetSettings(BaseModel, extra="forbid"):
     host: str = "127.0.0.1"
     port: int = 8000
 
-# %% ../nbs/43_fleet.ipynb #cf836f7a
+# %% ../nbs/43_fleet.ipynb #843bcf00
 def router_config(s: FleetSettings) -> dict[str, Any]:
     "Ray's `request_router_config`. Raises ValueError for an unknown name."
     if s.router not in ROUTERS and "." not in s.router:
         raise ValueError(f"no router {s.router!r}; there are {', '.join(ROUTERS)}, or give the import path of another")
     told = dict(ranker=s.ranker) if s.router == "predicted-work" and s.ranker else {}
-    return dict(request_router_class=ROUTERS.get(s.router, s.router), request_router_kwargs=told | s.router_settings,
-                request_routing_stats_period_s=1.0)
+    named = dict(request_router_class=path) if (path := ROUTERS.get(s.router, s.router)) else {}
+    return dict(request_router_kwargs=told | s.router_settings, request_routing_stats_period_s=1.0) | named
 
 
 def engine_kwargs(s: FleetSettings) -> dict[str, Any]:
-    "vLLM's arguments: PARSScheduler, told the scores that the ingress made."
-    ours = dict(scheduler_cls="pars_nb.scheduler.PARSScheduler", additional_config=dict(pars={**s.pars, "client_scores": True}))
+    "vLLM's arguments: PARSScheduler, told the scores that the ingress made; it knows the ranker for its tables."
+    known = dict(ranker=s.ranker) if s.ranker else {}
+    ours = dict(scheduler_cls="pars_nb.scheduler.PARSScheduler", additional_config=dict(pars=known | s.pars | dict(client_scores=True)))
     cpu = dict(dtype=engine_dtype(), enforce_eager=True) if s.kind == "cpu" else {}
     return ours | cpu | s.engine
 
