@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROUTERS', 'FleetSettings', 'router_config', 'engine_kwargs', 'replica_env', 'fleet_config', 'write_config',
-           'read_config', 'cluster', 'up', 'status', 'down']
+           'read_config', 'cluster', 'up', 'status', 'metrics_urls', 'down']
 
 # %% ../nbs/43_fleet.ipynb #d617b1d4
 import os
@@ -45,11 +45,11 @@ class FleetSettings(BaseModel, extra="forbid"):
     host: str = "127.0.0.1"
     port: int = 8000
 
-# %% ../nbs/43_fleet.ipynb #843bcf00
+# %% ../nbs/43_fleet.ipynb #5b35303b
 def router_config(s: FleetSettings) -> dict[str, Any]:
-    "Ray's `request_router_config`. Raises ValueError for an unknown name."
+    "Ray's `request_router_config`. Raises `EngineError` for an unknown name."
     if s.router not in ROUTERS and "." not in s.router:
-        raise ValueError(f"no router {s.router!r}; there are {', '.join(ROUTERS)}, or give the import path of another")
+        raise EngineError(f"no router {s.router!r}; there are {', '.join(ROUTERS)}, or give the import path of another")
     told = dict(ranker=s.ranker) if s.router == "predicted-work" and s.ranker else {}
     named = dict(request_router_class=path) if (path := ROUTERS.get(s.router, s.router)) else {}
     return dict(request_router_kwargs=told | s.router_settings, request_routing_stats_period_s=1.0) | named
@@ -133,7 +133,7 @@ def _ray(*arguments: str) -> None:
     if done.returncode:
         raise EngineError(f"`ray {arguments[0]}` failed: {(done.stderr or done.stdout)[-1000:]}")
 
-# %% ../nbs/43_fleet.ipynb #c5ad5c14
+# %% ../nbs/43_fleet.ipynb #aa794864
 def up(config: dict[str, Any], start: bool = True) -> str:  # the address, ending in /v1
     "Bring up what the config says and wait until it serves; a fleet that runs already is changed to it. Raises `EngineError`."
     with extra("fleet"):
@@ -160,8 +160,16 @@ def status() -> dict[str, Any]:
         for name, app in serve.status().applications.items()}
 
 
+def metrics_urls() -> list[str]:
+    "Where each machine of the cluster shows its metrics to Prometheus: Ray's, vLLM's (`ray_vllm_…`) and ours (`ray_pars_…`)."
+    import ray
+
+    cluster()
+    return [f"http://{n['NodeManagerAddress']}:{n['MetricsExportPort']}/metrics" for n in ray.nodes() if n["Alive"]]
+
+
 def down(stop: bool = False) -> None:
-    "End the fleet's applications; with `stop` Ray itself on this machine too. Raises `EngineError` where nothing runs."
+    "End the fleet's applications; with `stop` all of Ray on this machine too. Raises `EngineError` where nothing runs."
     with extra("fleet"):
         import ray
         from ray import serve

@@ -5,16 +5,15 @@
 # %% auto #0
 __all__ = ['Scores', 'PARSIngress', 'Kept', 'Relay', 'PARSServer']
 
-# %% ../nbs/43_ingress.ipynb #60e7404e
+# %% ../nbs/43_ingress.ipynb #cc2bf61a
 import asyncio
 import os
 import tempfile
-from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
 
 from .errors import extra
-from .route import last_user_text
+from .route import CLASSES, last_user_text, size_class
 
 with extra("fleet"):
     from fastapi import Request, Response
@@ -79,27 +78,28 @@ class PARSIngress(OpenAiIngress):
         await self.scores(body)
         return await super().completions(body, request)
 
-# %% ../nbs/43_ingress.ipynb #f70f6254
+# %% ../nbs/43_ingress.ipynb #f29f3a8e
 class Kept:
-    "Work under way, by the router that sent it."
+    "What is under way, by the router that sent it."
 
     def __init__(self) -> None:
-        self.work: Counter[str] = Counter()
+        self.counts: dict[str, list[int]] = {}
 
     async def while_it_lasts(self, body: Any, answer: AsyncIterator[Any]) -> AsyncIterator[Any]:
         "The answer, and books of it."
         told = body.vllm_xargs or {}
-        router, work = str(told.get("pars_router", "")), int(told.get("pars_work", 1))
-        self.work[router] += work
+        counts, size = self.counts.setdefault(str(told.get("pars_router", "")), [0] * CLASSES), size_class(told.get("pars_work", 1))
+        counts[size] += 1
         try:
             async for part in answer:
                 yield part
         finally:
-            self.work[router] -= work
+            counts[size] -= 1
 
-    def report(self) -> dict[str, int]:
-        "Router → work; those without any are left out."
-        return {router: work for router, work in self.work.items() if work}
+    def report(self) -> dict[str, list[int]]:
+        "Router → requests of each class; routers without any are left out."
+        self.counts = {router: counts for router, counts in self.counts.items() if any(counts)}
+        return dict(self.counts)
 
 # %% ../nbs/43_ingress.ipynb #4c4bc7df
 class Relay:
@@ -119,7 +119,7 @@ class Relay:
                 self.gauges[sample.name] = Gauge(sample.name, "See `pars_nb.meters`", tag_keys=tuple(sample.labels))
             self.gauges[sample.name].set(sample.value, tags=sample.labels)
 
-# %% ../nbs/43_ingress.ipynb #95c67d4a
+# %% ../nbs/43_ingress.ipynb #e24a3311
 class PARSServer(LLMServer):
     "Ray's replica that reports the work it has from each router: `server_cls: pars_nb.ingress:PARSServer`."
 
@@ -140,4 +140,4 @@ class PARSServer(LLMServer):
     async def record_routing_stats(self) -> dict[str, Any]:
         "Called by Ray every `request_routing_stats_period_s`; the routers see it."
         self.relay()
-        return {**await super().record_routing_stats(), "pars_work": self.kept.report()}
+        return {**await super().record_routing_stats(), "pars_under_way": self.kept.report()}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['length_of', 'Asks', 'stamp', 'PredictedWorkRouter']
 
-# %% ../nbs/43_router.ipynb #046442d5
+# %% ../nbs/43_router.ipynb #03eb445a
 import math
 import time
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from typing import Any
 from uuid import uuid4
 
 from .errors import extra
-from .route import Ask, Booking, Router, body_text
+from .route import Ask, Router, body_text
 
 with extra("fleet"):
     from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
@@ -52,13 +52,13 @@ class Asks:
     def __call__(self, request: str, body: Any, session: str = "") -> Ask:
         return Ask(request, self.work(body), body_text(body), session)
 
-# %% ../nbs/43_router.ipynb #4eb57585
-def stamp(body: Any, router: str, booking: Booking | None) -> None:
-    "Write into the body which router sends it and the work that it has booked, so that the replica can report it."
-    if booking is not None and hasattr(body, "vllm_xargs"):
-        body.vllm_xargs = {**(body.vllm_xargs or {}), "pars_router": router, "pars_work": booking.work}
+# %% ../nbs/43_router.ipynb #5b1db143
+def stamp(body: Any, router: str, ask: Ask) -> None:
+    "Write into the body which router sends it and what it takes it for, so that the replica can report it."
+    if hasattr(body, "vllm_xargs"):
+        body.vllm_xargs = {**(body.vllm_xargs or {}), "pars_router": router, "pars_work": ask.work}
 
-# %% ../nbs/43_router.ipynb #39917737
+# %% ../nbs/43_router.ipynb #0b7db370
 class PredictedWorkRouter(RequestRouter):
     "Ray Serve's `RequestRouter` by predicted work: `request_router_class: pars_nb.router.PredictedWorkRouter`."
 
@@ -67,23 +67,24 @@ class PredictedWorkRouter(RequestRouter):
         ranker: str | None = None,  # whose tables make lengths of scores
         use_max_tokens: bool = False,  # a request's `max_tokens` caps its work
         prefill_token: float = 0.1,  # what an uncached prompt token costs, in decode tokens; 0: prompts are not looked at
+        before: float = 0.5,  # what a request that goes before counts more than one that does not
         hold_s: float = 10.0,  # a choice of which nothing more is heard counts for so long
     ) -> None:
         "Called by Ray with `request_router_kwargs`."
         self.asks = Asks(ranker, use_max_tokens)
-        self.core = Router(uuid4().hex[:12], prefill_token, hold_s=hold_s)
+        self.core = Router(uuid4().hex[:12], prefill_token, before, hold_s)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        "The replicas one by one, that with the least work outstanding first."
+        "The replicas one by one, that with the fewest requests in the way first."
         if pending_request is None or not pending_request.args:
             return [candidate_replicas]
         pending_request.routing_context.should_backoff = True  # where all are full, Ray asks again, and waits a little in between
         named = {r.replica_id.unique_id: r for r in candidate_replicas}
         ask = self.ask_of(pending_request)
         ranked = self.core.choose(ask, list(named), time.monotonic())
-        stamp(pending_request.args[0], self.core.books.me, self.core.books.bookings.get(ask.request))
+        stamp(pending_request.args[0], self.core.books.me, ask)
         return [[named[r]] for r in ranked]
 
     def ask_of(self, pending: PendingRequest) -> Ask:
@@ -108,7 +109,7 @@ class PredictedWorkRouter(RequestRouter):
         super().update_replicas(replicas)
         self.core.only([r.replica_id.unique_id for r in replicas])
         for r in replicas:
-            self.core.books.reported(r.replica_id.unique_id, (r.routing_stats or {}).get("pars_work", {}))
+            self.core.books.reported(r.replica_id.unique_id, (r.routing_stats or {}).get("pars_under_way", {}))
 
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
         "Its requests will not be answered there."

@@ -11,7 +11,6 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import typer
@@ -51,7 +50,7 @@ def heavy_tailed(n, seed, most, noise, rate=None):
     return Workload(name="stream" if rate else "burst", seed=seed, arrivals=at, prompts=prompts, lengths=lengths, scores=scores)
 
 
-async def play(url, w):
+async def play(url, w, router):
     "Send the requests at their times, and wait for all: what the client saw."
     import httpx
 
@@ -62,8 +61,8 @@ async def play(url, w):
             due = start + w.arrivals[i]
             await asyncio.sleep(due - time.perf_counter())
             body = dict(model="tiny", prompt=w.prompts[i], max_tokens=w.lengths[i], ignore_eos=True, temperature=0,
-                        vllm_xargs=dict(pars_score=w.scores[i]))
-            answer = (await client.post("/completions", json=body)).raise_for_status().json()
+                        vllm_xargs=dict(pars_score=w.scores[i], route_by=router))
+            answer = (await client.post("completions", json=body)).raise_for_status().json()
             assert answer["usage"]["completion_tokens"] == w.lengths[i]
             now = time.perf_counter()
             return Served(arrival=due, first=now, last=now, output_tokens=w.lengths[i])
@@ -71,38 +70,74 @@ async def play(url, w):
         return await asyncio.gather(*(one(i) for i in range(len(w.arrivals))))
 
 
-def settings(router, port, seqs):
-    "Two replicas on this machine. float32: on some processors bfloat16 ends in an illegal instruction."
-    told = dict(imbalanced_threshold=10) if router == "prefix-aware" else {}
-    return FleetSettings(kind="cpu", name="tiny", router=router, router_settings=told, client_scores=True, port=port,
-                         engine=dict(dtype="float32", max_num_seqs=seqs, max_model_len=2048, max_num_batched_tokens=2048))
+def one_run(url, w, router):
+    "The figures that are shown, and how fast it went."
+    s = summarise(asyncio.run(play(url, w, router)))
+    tau = tau_b(np.array(w.scores), np.array(w.lengths))
+    return dict(router=router, workload=w.name, seed=w.seed, tau_b=tau, duration=s["duration"], throughput=s["request_throughput"],
+                **{k: s[k] for k in SHOWN})
 
 
 @app.command()
-def demo(requests: int = 160, seeds: int = 3, most: int = 400, noise: float = 0.5, rho: float = 0.8, seqs: int = 8, port: int = 8017,
-         routers: Annotated[list[str], typer.Option()] = list(ROUTERS)):  # noqa: B006
-    "A burst and a stream through four routers, and which share of the work each replica got."
+def demo(requests: int = 160, seeds: int = 3, most: int = 400, noise: float = 0.5, rho: float = 0.8, seqs: int = 8, port: int = 8017):
+    """Two replicas; a burst and a stream through each of four routers, which take turns on the same replicas (`pars_nb.switch`). ρ = 1 is
+    the burst's pace under Ray's default router, seed by seed."""
     import ray
 
-    began, rows, pace = time.time(), [], None
+    began, rows, names = time.time(), [], list(ROUTERS)
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
     ray.init(num_cpus=8, object_store_memory=200_000_000, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    for router in routers:
-        url = up(fleet_config(settings(router, port, seqs)))
-        print(f"{time.time() - began:5.0f} s  {router}", flush=True)
-        asyncio.run(play(url, heavy_tailed(24, 999, most, noise)))  # warm-up
-        for rate in (None, rho):
-            for seed in range(seeds):
-                w = heavy_tailed(requests, seed, most, noise, rate and rate * pace)
-                served = asyncio.run(play(url, w))
-                s = summarise(served)
-                if rate is None and router == routers[0]:
-                    pace = max(pace or 0.0, s["request_throughput"])
-                tau = tau_b(np.array(w.scores), np.array(w.lengths))
-                rows.append(dict(router=router, workload=w.name, seed=seed, tau_b=tau, duration=s["duration"], **{k: s[k] for k in SHOWN}))
-                print(f"{time.time() - began:5.0f} s  {w.name:6} seed {seed}", *(f"{k} {s[k]:7.1f}" for k in SHOWN), flush=True)
+    # float32: on some processors bfloat16 ends in an illegal instruction
+    engine = dict(dtype="float32", max_num_seqs=seqs, max_model_len=2048, max_num_batched_tokens=2048)
+    url = up(fleet_config(FleetSettings(kind="cpu", name="tiny", router="pars_nb.switch:SwitchRouter", client_scores=True, port=port, engine=engine)))
+    for router in names:
+        one_run(url, heavy_tailed(24, 999, most, noise), router)  # warm-up
+    for seed in range(seeds):
+        order = names[seed % 4 :] + names[: seed % 4]
+        rows += [show(began, one_run(url, heavy_tailed(requests, seed, most, noise), router)) for router in order]
+        pace = next(r["throughput"] for r in rows if (r["seed"], r["router"], r["workload"]) == (seed, "power-of-two", "burst"))
+        rows += [show(began, one_run(url, heavy_tailed(requests, 100 + seed, most, noise, rho * pace), router)) for router in order]
     down()
-    write("demo", requests=requests, most=most, noise=noise, rho=rho, pace=pace, max_num_seqs=seqs, seconds=time.time() - began, runs=rows)
+    for r in rows:
+        r["seed"] %= 100
+    table, seconds = ratios(rows), time.time() - began
+    print(table.to_string())
+    write("demo", requests=requests, most=most, noise=noise, rho=rho, max_num_seqs=seqs, seconds=seconds, runs=rows)
+    table.round(3).to_csv(OUT / "demo.csv")
+    figure(rows).savefig(OUT / "demo.png", dpi=100)
+
+
+def show(began, row):
+    "A line for whoever waits."
+    print(f"{time.time() - began:5.0f} s  {row['workload']:6} {row['seed']:3} {row['router']:15}", *(f"{k} {row[k]:7.1f}" for k in SHOWN), flush=True)
+    return row
+
+
+def ratios(rows):
+    "Median over seeds, and the median of the ratios to Ray's default on the same requests."
+    import pandas as pd
+
+    runs = pd.DataFrame(rows).set_index(["workload", "seed", "router"])[SHOWN]
+    to = runs.xs("power-of-two", level="router")
+    ratio = runs / to.reindex(runs.index.droplevel("router")).to_numpy()
+    keys = ["workload", "router"]
+    return runs.groupby(level=keys, sort=False).median().join(ratio.groupby(level=keys, sort=False).median().add_suffix(" ratio"))
+
+
+def figure(rows):
+    "A dot is a seed: the ratio to Ray's default router on the same requests."
+    import matplotlib.pyplot as plt
+    import pandas as pd
+    import seaborn as sns
+
+    runs = pd.DataFrame(rows).set_index(["workload", "seed", "router"])[SHOWN]
+    to = runs.xs("power-of-two", level="router")
+    ratio = (runs / to.reindex(runs.index.droplevel("router")).to_numpy()).reset_index().melt(["workload", "seed", "router"])
+    g = sns.catplot(ratio[ratio.router != "power-of-two"], x="value", y="variable", hue="router", col="workload", height=2.8, aspect=1.6)
+    g.refline(x=1)
+    g.set(xlabel="ratio to power-of-two", ylabel="")
+    plt.close(g.figure)
+    return g.figure
 
 
 if __name__ == "__main__":
