@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['CLASSES', 'size_class', 'Booking', 'Books', 'Prefixes', 'Ask', 'Router', 'words', 'body_text', 'last_user_text']
 
-# %% ../nbs/28_route.ipynb #b695cb94
+# %% ../nbs/28_route.ipynb #fcad634c
+import random
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -152,7 +153,7 @@ class Prefixes:
         "Forget other replicas than these."
         self.seen = {r: s for r, s in self.seen.items() if r in set(replicas)}
 
-# %% ../nbs/28_route.ipynb #b02f5f9e
+# %% ../nbs/28_route.ipynb #f2031c86
 @dataclass(frozen=True, slots=True)
 class Ask:
     "What a router knows of a request."
@@ -171,10 +172,12 @@ class _Chooser:
         prefill_token: float = 0.1,  # what an uncached prompt token costs, in decode tokens; 0: prompts are not looked at
         before: float = 0.5,  # what a request that goes before counts more than one that does not
         hold_s: float = 10.0,
+        look_at: int = 16,  # of more replicas than this, so many random ones are looked at, and the session's home
         chars_per_token: float = 4.0,
         sessions: int = 100_000,  # to remember
     ) -> None:
         self.books, self.prefixes, self.before = Books(hold_s, me), Prefixes(), before
+        self.look_at, self.random = look_at, random.Random(me)
         self.per_char, self.typical = prefill_token / chars_per_token, 0.0  # a mean request's work, in decode tokens
         self.sessions: OrderedDict[str, tuple[str, int]] = OrderedDict()  # where a session's last turn was, and its length
         self.most_sessions, self.turn, self.last = sessions, 0, dict[str, int]()
@@ -193,11 +196,18 @@ class _Chooser:
             cost[r] = (books.burden(r, ask.work, self.before) - saved, sum(books.under_way(r)), self.last.get(r, 0))
         return sorted(replicas, key=cost.__getitem__)
 
+    def some(self, ask: Ask, replicas: Sequence[str]) -> Sequence[str]:
+        "Those that are looked at: in a large fleet a few, so that a choice costs no more there."
+        if len(replicas) <= self.look_at:
+            return replicas
+        home = self.sessions.get(ask.session, ("", 0))[0]
+        return [*self.random.sample(replicas, self.look_at), *([home] if home in replicas else [])]
+
     def keys(self, ask: Ask) -> list[int]:
         "The prompt's blocks."
         return self.prefixes.keys(ask.text) if self.per_char else []
 
-# %% ../nbs/28_route.ipynb #b5d2a818
+# %% ../nbs/28_route.ipynb #7baa3b57
 class Router(_Chooser):
     "Chooses replicas, and hears what becomes of it."
 
@@ -206,7 +216,7 @@ class Router(_Chooser):
         self.books.sweep(now)
         work = ask.work + self.per_char * len(ask.text)
         self.typical = 0.98 * self.typical + 0.02 * work if self.typical else work
-        ranked = self.rank(ask, replicas)
+        ranked = self.rank(ask, list(dict.fromkeys(self.some(ask, replicas))))
         if ranked:
             self.books.chosen(ask.request, ranked[0], ask.work, now)
             self._seen(ask, ranked[0])

@@ -89,7 +89,8 @@ def demo(requests: int = 160, seeds: int = 3, most: int = 400, noise: float = 0.
     ray.init(num_cpus=8, object_store_memory=200_000_000, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     # float32: on some processors bfloat16 ends in an illegal instruction
     engine = dict(dtype="float32", max_num_seqs=seqs, max_model_len=2048, max_num_batched_tokens=2048)
-    url = up(fleet_config(FleetSettings(kind="cpu", name="tiny", router="pars_nb.switch:SwitchRouter", client_scores=True, port=port, engine=engine)))
+    s = FleetSettings(kind="cpu", name="tiny", router="pars_nb.switch:SwitchRouter", client_scores=True, port=port, engine=engine)
+    url = up(fleet_config(s))
     for router in names:
         one_run(url, heavy_tailed(24, 999, most, noise), router)  # warm-up
     for seed in range(seeds):
@@ -109,7 +110,8 @@ def demo(requests: int = 160, seeds: int = 3, most: int = 400, noise: float = 0.
 
 def show(began, row):
     "A line for whoever waits."
-    print(f"{time.time() - began:5.0f} s  {row['workload']:6} {row['seed']:3} {row['router']:15}", *(f"{k} {row[k]:7.1f}" for k in SHOWN), flush=True)
+    shown = " ".join(f"{k} {row[k]:.0f}" for k in SHOWN)
+    print(f"{time.time() - began:5.0f} s  {row['workload']:6} {row['seed']:3} {row['router']:15} {shown}", flush=True)
     return row
 
 
@@ -138,6 +140,57 @@ def figure(rows):
     g.set(xlabel="ratio to power-of-two", ylabel="")
     plt.close(g.figure)
     return g.figure
+
+
+@app.command()
+def plan(requests: int = 100_000, seeds: int = 5, large: bool = True):
+    """Past this machine, on the nominal clock (`fleet_sim.py`): five routers, fleets of 2 to 1,000 replicas, loads, heavy tails, two
+    speeds, prompts that begin alike, predictions that are worth nothing, replicas that serve first come, first served."""
+    from fleet_sim import ROUTERS as rules
+    from fleet_sim import Fleet, figures, same_as_router, traffic
+    from fleet_sim import play as simulated
+
+    agree, asked = same_as_router()
+    assert agree == asked, "the loop is not the router"
+    base, cases = Fleet(), {}
+    for rho in (0.8, 0.95, 1.05, float("inf")):
+        load = "burst" if rho == float("inf") else f"ρ {rho:g}"
+        cases |= {f"{r} replicas, {load}": (base._replace(replicas=r), dict(rho=rho)) for r in (2, 8, 100)}
+    hard = dict(rho=0.95)
+    cases |= {"heavier tail": (base, hard | dict(tail=1.8)), "no error": (base, hard | dict(noise=0.0))}
+    cases |= {"worthless scores": (base, hard | dict(noise=9.0)), "half the replicas slow": (base._replace(slow=0.5), hard)}
+    cases |= {"replicas FCFS": (base._replace(fcfs=True), hard)}
+    cases |= {"prompts begin alike": (base._replace(groups=40, prompt=50.0), dict(rho=0.75))}
+    rows = []
+    for name, (fleet, load) in cases.items():
+        for seed in range(seeds):
+            w = traffic(fleet, requests, seed=seed, **load)
+            for r in rules:
+                rows.append(dict(case=name, router=r, seed=seed, **figures(w, simulated(fleet, w, r, seed)[0])))
+    facts = dict(requests=requests, same_choices=[agree, asked], runs=rows)
+    if large:
+        fleet, rows = Fleet(replicas=1000), []
+        w = traffic(fleet, 10_000_000, 0.97, tail=1.8)
+        for r in ("power-of-two", "fewest before"):
+            began = time.time()
+            rows.append(dict(router=r, replicas=1000, requests=len(w.arrival), **figures(w, simulated(fleet, w, r)[0])))
+            rows[-1]["seconds"] = time.time() - began
+            print(rows[-1], flush=True)
+        facts |= dict(large=rows)
+    table = plan_table(facts["runs"])
+    print(table.to_string())
+    write("plan", **facts)
+    table.round(3).to_csv(OUT / "plan.csv")
+
+
+def plan_table(rows):
+    "Median over seeds of the ratios to power-of-two on the same requests."
+    import pandas as pd
+
+    runs = pd.DataFrame(rows).set_index(["case", "seed", "router"])
+    to = runs.xs("power-of-two", level="router")
+    ratio = runs / to.reindex(runs.index.droplevel("router")).to_numpy()
+    return ratio.groupby(level=["case", "router"], sort=False).median().drop(index="power-of-two", level="router")
 
 
 if __name__ == "__main__":
