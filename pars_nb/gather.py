@@ -99,7 +99,7 @@ def adopt(out: Path, folders: list[Path], ask: Ask) -> None:
         finally:
             journal.close()
 
-# %% ../nbs/43_gather.ipynb #36888c26
+# %% ../nbs/43_gather.ipynb #fd8812b1
 class Worker:
     "Runs the collector on a shard."
 
@@ -110,7 +110,7 @@ class Worker:
                 return (await collect(prompts, folder, ask, api_key, concurrency, progress=False)).failed
             except CollectError as e:
                 if " refused all " in str(e):  # of this shard: whether the endpoint refuses everything, the driver sees
-                    return sum(1 for _ in rows_of(Path(folder) / "failed.jsonl"))
+                    return len({(r["prompt_id"], r["run"]) for r in rows_of(Path(folder) / "failed.jsonl")})
                 if not isinstance(e.__cause__, BlockingIOError) or attempt == int(4 * lock_s):
                     raise
                 await asyncio.sleep(0.25)
@@ -154,7 +154,7 @@ class Crew:
         if self.deaths[folder][0] >= 5:
             raise CollectError(f"five workers died on {folder} ({first_line(e)}); see Ray's logs, then run the same command again") from e
 
-# %% ../nbs/43_gather.ipynb #660bbe59
+# %% ../nbs/43_gather.ipynb #e3b806a9
 def gather(
     prompts: dict[str, str],  # prompt_id → prompt
     out: str | Path,  # folder on storage that every machine sees; one that holds answers is continued
@@ -179,6 +179,6 @@ def gather(
             raise CollectError(str(e.cause)) from e
     _write(out / "collect.json", ask.model_dump_json(indent=1) + "\n")
     now = merge(out)
-    if refused and now == before:
+    if refused and not now:
         raise CollectError(f"{ask.base_url} refused all {refused} requests; the reasons are in {out}/shards/*/failed.jsonl")
     return Collected(now - before, before, refused, out)

@@ -5,6 +5,7 @@ writes one JSON into results/fleet.
 """
 import asyncio
 import json
+import logging
 import os
 import random
 import shlex
@@ -79,11 +80,12 @@ def one_run(url, w, router):
 
 
 @app.command()
-def demo(requests: int = 160, seeds: int = 3, most: int = 400, noise: float = 0.5, rho: float = 0.8, seqs: int = 8, port: int = 8017):
+def demo(requests: int = 120, seeds: int = 3, most: int = 400, noise: float = 0.5, rho: float = 0.8, seqs: int = 8, port: int = 8017):
     """Two replicas; a burst and a stream through each of four routers, which take turns on the same replicas (`pars_nb.switch`). ρ = 1 is
     the burst's pace under Ray's default router, seed by seed."""
     import ray
 
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request
     began, rows, names = time.time(), [], list(ROUTERS)
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
     ray.init(num_cpus=8, object_store_memory=200_000_000, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
