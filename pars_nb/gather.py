@@ -99,7 +99,7 @@ def adopt(out: Path, folders: list[Path], ask: Ask) -> None:
         finally:
             journal.close()
 
-# %% ../nbs/43_gather.ipynb #fd8812b1
+# %% ../nbs/43_gather.ipynb #6c68d944
 class Worker:
     "Runs the collector on a shard."
 
@@ -116,7 +116,7 @@ class Worker:
                 await asyncio.sleep(0.25)
         return 0
 
-
+# %% ../nbs/43_gather.ipynb #a1faa091
 class Crew:
     "Workers, what each is doing, and the shards that wait."
 

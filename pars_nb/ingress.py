@@ -119,11 +119,11 @@ class Relay:
                 self.gauges[sample.name] = Gauge(sample.name, "See `pars_nb.meters`", tag_keys=tuple(sample.labels))
             self.gauges[sample.name].set(sample.value, tags=sample.labels)
 
-# %% ../nbs/43_ingress.ipynb #e24a3311
+# %% ../nbs/43_ingress.ipynb #3730f40c
 class PARSServer(LLMServer):
     "Ray's replica that reports the work it has from each router: `server_cls: pars_nb.ingress:PARSServer`."
 
-    async def __init__(self, *args: Any, **kw: Any) -> None:
+    async def __init__(self, *args: Any, **kw: Any) -> None:  # type: ignore[misc]  # as Ray has it
         self.kept = Kept()
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder = tempfile.mkdtemp(prefix="pars-metrics-")  # for the engine's process
         self.relay = Relay(folder)

@@ -153,7 +153,7 @@ class Prefixes:
         "Forget other replicas than these."
         self.seen = {r: s for r, s in self.seen.items() if r in set(replicas)}
 
-# %% ../nbs/28_route.ipynb #f2031c86
+# %% ../nbs/28_route.ipynb #d62b845c
 @dataclass(frozen=True, slots=True)
 class Ask:
     "What a router knows of a request."
@@ -163,8 +163,8 @@ class Ask:
     session: str = ""
 
 
-class _Chooser:
-    "Fewest requests in the way, weighed against cached prompts."
+class _Known:
+    "What a router remembers: its books, and what the replicas' caches hold."
 
     def __init__(
         self,
@@ -188,6 +188,14 @@ class _Chooser:
         known = length if home == replica else 0
         return self.per_char * min(len(ask.text), max(known, self.prefixes.match(keys, replica)))
 
+    def keys(self, ask: Ask) -> list[int]:
+        "The prompt's blocks."
+        return self.prefixes.keys(ask.text) if self.per_char else []
+
+# %% ../nbs/28_route.ipynb #7ac22c52
+class _Chooser(_Known):
+    "Fewest requests in the way, weighed against cached prompts."
+
     def rank(self, ask: Ask, replicas: Sequence[str]) -> list[str]:
         "The replicas, the best first. Books nothing."
         keys, books, cost = self.keys(ask), self.books, {}
@@ -202,10 +210,6 @@ class _Chooser:
             return replicas
         home = self.sessions.get(ask.session, ("", 0))[0]
         return [*self.random.sample(replicas, self.look_at), *([home] if home in replicas else [])]
-
-    def keys(self, ask: Ask) -> list[int]:
-        "The prompt's blocks."
-        return self.prefixes.keys(ask.text) if self.per_char else []
 
 # %% ../nbs/28_route.ipynb #7baa3b57
 class Router(_Chooser):

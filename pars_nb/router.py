@@ -58,34 +58,11 @@ def stamp(body: Any, router: str, ask: Ask) -> None:
     if hasattr(body, "vllm_xargs"):
         body.vllm_xargs = {**(body.vllm_xargs or {}), "pars_router": router, "pars_work": ask.work}
 
-# %% ../nbs/43_router.ipynb #0b7db370
-class PredictedWorkRouter(RequestRouter):
-    "Ray Serve's `RequestRouter` by predicted work: `request_router_class: pars_nb.router.PredictedWorkRouter`."
-
-    def initialize_state(
-        self,
-        ranker: str | None = None,  # whose tables make lengths of scores
-        use_max_tokens: bool = False,  # a request's `max_tokens` caps its work
-        prefill_token: float = 0.1,  # what an uncached prompt token costs, in decode tokens; 0: prompts are not looked at
-        before: float = 0.5,  # what a request that goes before counts more than one that does not
-        hold_s: float = 10.0,  # a choice of which nothing more is heard counts for so long
-    ) -> None:
-        "Called by Ray with `request_router_kwargs`."
-        self.asks = Asks(ranker, use_max_tokens)
-        self.core = Router(uuid4().hex[:12], prefill_token, before, hold_s)
-
-    async def choose_replicas(
-        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
-    ) -> list[list[RunningReplica]]:
-        "The replicas one by one, that with the fewest requests in the way first."
-        if pending_request is None or not pending_request.args:
-            return [candidate_replicas]
-        pending_request.routing_context.should_backoff = True  # where all are full, Ray asks again, and waits a little in between
-        named = {r.replica_id.unique_id: r for r in candidate_replicas}
-        ask = self.ask_of(pending_request)
-        ranked = self.core.choose(ask, list(named), time.monotonic())
-        stamp(pending_request.args[0], self.core.books.me, ask)
-        return [[named[r]] for r in ranked]
+# %% ../nbs/43_router.ipynb #5c8b4d5a
+class _Informed(RequestRouter):
+    "Hears what becomes of its choices."
+    asks: Asks
+    core: Router
 
     def ask_of(self, pending: PendingRequest) -> Ask:
         "Made once for a request, however often it is routed."
@@ -115,3 +92,32 @@ class PredictedWorkRouter(RequestRouter):
         "Its requests will not be answered there."
         super().on_replica_actor_died(replica_id)
         self.core.only([r.unique_id for r in self.curr_replicas])
+
+# %% ../nbs/43_router.ipynb #6c386f46
+class PredictedWorkRouter(_Informed):
+    "Ray Serve's `RequestRouter` by predicted work: `request_router_class: pars_nb.router.PredictedWorkRouter`."
+
+    def initialize_state(
+        self,
+        ranker: str | None = None,  # whose tables make lengths of scores
+        use_max_tokens: bool = False,  # a request's `max_tokens` caps its work
+        prefill_token: float = 0.1,  # what an uncached prompt token costs, in decode tokens; 0: prompts are not looked at
+        before: float = 0.5,  # what a request that goes before counts more than one that does not
+        hold_s: float = 10.0,  # a choice of which nothing more is heard counts for so long
+    ) -> None:
+        "Called by Ray with `request_router_kwargs`."
+        self.asks = Asks(ranker, use_max_tokens)
+        self.core = Router(uuid4().hex[:12], prefill_token, before, hold_s)
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        "The replicas one by one, that with the fewest requests in the way first."
+        if pending_request is None or not pending_request.args:
+            return [candidate_replicas]
+        pending_request.routing_context.should_backoff = True  # where all are full, Ray asks again, and waits a little in between
+        named = {r.replica_id.unique_id: r for r in candidate_replicas}
+        ask = self.ask_of(pending_request)
+        ranked = self.core.choose(ask, list(named), time.monotonic())
+        stamp(pending_request.args[0], self.core.books.me, ask)
+        return [[named[r]] for r in ranked]

@@ -17,7 +17,7 @@ with extra("fleet"):
     from ray.serve.llm.request_router import PrefixCacheAffinityRouter
     from ray.serve.request_router import PendingRequest, ReplicaID, RunningReplica
 
-# %% ../nbs/44_switch.ipynb #6ebf4086
+# %% ../nbs/44_switch.ipynb #087ff03d
 THEIRS = {"power-of-two": PowerOfTwoChoicesRequestRouter, "round-robin": RoundRobinRouter, "prefix-aware": PrefixCacheAffinityRouter}
 
 
@@ -30,7 +30,7 @@ def route_by(pending: PendingRequest | None) -> str:
 class SwitchRouter(PredictedWorkRouter, PrefixCacheAffinityRouter):
     "Ray's three routers and ours: `request_router_class: pars_nb.switch.SwitchRouter`."
 
-    def initialize_state(self, imbalanced_threshold: float = 10, **settings: Any) -> None:
+    def initialize_state(self, imbalanced_threshold: float = 10, **settings: Any) -> None:  # type: ignore[override]
         "`imbalanced_threshold` is the prefix-aware router's, `settings` are `PredictedWorkRouter`'s."
         PredictedWorkRouter.initialize_state(self, **settings)
         PrefixCacheAffinityRouter.initialize_state(self, imbalanced_threshold=imbalanced_threshold)

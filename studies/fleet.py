@@ -145,7 +145,7 @@ def figure(rows):
 
 
 @app.command()
-def plan(requests: int = 100_000, seeds: int = 5, large: bool = True):
+def plan(requests: int = 50_000, seeds: int = 5, large: bool = True):
     """Past this machine, on the nominal clock (`fleet_sim.py`): five routers, fleets of 2 to 1,000 replicas, loads, heavy tails, two
     speeds, prompts that begin alike, predictions that are worth nothing, replicas that serve first come, first served."""
     from fleet_sim import ROUTERS as rules
