@@ -22,9 +22,10 @@ import seaborn as sns
 from scipy.stats import norm, rankdata
 
 from .errors import DataError
-from .policy import FCFS, PARS, Policy, SJF, Scale, express_quantile
-from .simulate import EngineModel, Requests, Simulated, simulate
+from .lane import express_quantile
 from .moved import forwards
+from .policy import FCFS, PARS, Policy, SJF, Scale
+from .simulate import EngineModel, Requests, Simulated, simulate
 
 # %% ../nbs/36_advise.ipynb #76e410ef
 def _histogram(text: str, name: str) -> dict[float, float]:  # upper edge → requests up to it, over all engines

@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from .order import tau_b
+from .card import RankerMeta
 from .errors import RankerError
+from .moved import forwards
+from .order import tau_b
 from .ranker import Ranker, load_ranker, to_scores
 from .student import load_student
-from .card import RankerMeta
-from .moved import forwards
 
 # %% ../nbs/11_backends.ipynb #395f0827
 FILES = {"onnx": "model.onnx", "onnx-int8": "model_int8.onnx", "openvino": "model.xml", "openvino-int8": "model_int8.xml"}

@@ -15,10 +15,10 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import nnls
 
-from .workload import Workload
 from .errors import DataError
 from .latency import Served
 from .simulate import EngineModel, Requests, capacity, simulate
+from .workload import Workload
 
 # %% ../nbs/35_calibrate.ipynb #bde47183
 def probes(

@@ -21,14 +21,15 @@ MOVED = {
     "cli_scoring": {"cli": "app", "console": "Folder",
                     "tools": "export push pull distill score_server calibrate advise watched"},
     "collect": {"errors": "CollectError"},
-    "data": {"errors": "DataError", "records": "Record prompt_hash check_frame from_frame read write_jsonl from_responses "
+    "data": {"errors": "DataError", "records": "Record prompt_hash from_frame read write_jsonl from_responses "
                                                "read_hub unit_hash split fingerprint"},
     "metrics": {"order": "tau_b pair_accuracy bootstrap noise_ceiling ranking_report",
                 "latency": "Served latencies summarise"},
     "policy": {"cost": "Cost Ticket by_score Tokens tail_factor gittins_factor Spread", "waiting": "PolicyQueue",
                "lane": "express_quantile Express"},
     "ranker": {"card": "CARD RankerMeta model_card load_meta clean", "errors": "RankerError"},
-    "scheduler": {"scheduler": "make_scorer=start_scorer scoring=spread_scores", "backends": "load=open_ranker"},
+    "scheduler": {"scheduler": "make_scorer=start_scorer scoring=spread_scores", "backends": "load=open_ranker",
+                  "adapter": "PolicyRequestQueue"},
     "score": {"chat": "PROBE chat_marks last_user_turn", "card": "Cap"},
     "server": {"server": "Meters=ServerMeters", "backends": "RemoteRanker"},
     "tiny": {"engine": "engine_env engine_dtype has need_vllm serving"},

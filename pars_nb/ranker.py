@@ -20,10 +20,10 @@ from pydantic import ValidationError
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, PreTrainedTokenizerFast
 
-from .card import RankerMeta, Reader, load_meta, model_card
+from .card import Reader, load_meta, model_card
 from .errors import RankerError, first_line
-from .pairs import order_matrix
 from .moved import forwards
+from .pairs import order_matrix
 
 # %% ../nbs/08_ranker.ipynb #5191bdd3
 def pair_mask(lengths: torch.Tensor, censored: torch.Tensor, delta: float, group: torch.Tensor | None = None,

@@ -17,8 +17,8 @@ import numpy as np
 from pydantic import BaseModel, Field
 
 from .card import Cap
-from .score import ScoreThread
 from .moved import forwards
+from .score import ScoreThread
 
 # %% ../nbs/14_server.ipynb #72fc8092
 class AsyncScores:
@@ -97,6 +97,8 @@ def make_app(ranker: Any, max_queue: int = 1000, cache: int = 4096) -> Any:  # a
     scores, table = AsyncScores(ranker.score, max_queue, cache), sorted(ranker.meta.score_quantiles)
     cap = Cap(ranker.meta.score_quantiles, ranker.meta.length_quantiles)
     meters, app = ServerMeters(scores), FastAPI(title="pars score-server")
+
+    app.state.meters = meters
 
     async def one(prompt: str, max_tokens: int | None = None) -> Score:
         start = time.perf_counter()

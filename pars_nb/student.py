@@ -14,12 +14,11 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from .errors import DataError
-from .records import Record, split
-from .order import ranking_report, tau_b
 from .card import RankerMeta
-from .errors import RankerError
+from .errors import DataError, RankerError
+from .order import ranking_report, tau_b
 from .ranker import Ranker
+from .records import Record, split
 
 # %% ../nbs/10_student.ipynb #2d18e681
 SLOTS = 1 << 18

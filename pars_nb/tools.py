@@ -86,11 +86,11 @@ def distill(
     [dim]pars distill --ranker runs/ranker --data runs/lengths --out runs/student[/]
     """
     from pars_nb.backends import open_ranker
-    from pars_nb.records import read
+    from pars_nb.records import one_model, read
     from pars_nb.student import distill as fit
 
     teacher = open_ranker(ranker, threads=os.cpu_count() or 1)  # an exported graph, where there is one: all prompts are scored
-    student = fit(teacher, read(data, target), out)
+    student = fit(teacher, one_model(read(data, target)), out)
     show_report(teacher.meta.metrics, "teacher")
     show_report(student.meta.metrics, f"student → {out}")
 
@@ -138,8 +138,8 @@ def calibrate(
     """
     import tempfile
 
-    from pars_nb.engine import EngineSettings, engine
     from pars_nb.calibrate import calibrate as probe
+    from pars_nb.engine import EngineSettings, engine
 
     settings = EngineSettings(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, max_model_len=max_model_len,
                               **({"model": model} if model else {}))
@@ -158,7 +158,8 @@ def calibrate(
 @clear_errors
 def advise(
     engine: Annotated[Path, typer.Option(help="JSON that `pars calibrate` wrote.")],
-    trace: Annotated[Path | None, typer.Option(help="Table of timestamp_s, prompt_tokens, response_tokens (.parquet, .csv, .jsonl).")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Azure, BurstGPT, Mooncake, Qwen-Bailian, vllm bench serve, or any table (.csv, .jsonl, .json, .parquet, .gz).")] = None,
+    columns: Annotated[str | None, typer.Option(help="Where the trace's format is none of these: time=NAME,prompt=NAME,output=NAME (time=NAME:ms).")] = None,
     metrics_url: Annotated[str | None, typer.Option(help="Or a live vLLM server's /metrics, watched for a while.")] = None,
     watch_s: Annotated[float, typer.Option(help="How long to watch it, in seconds.")] = 60.0,
     tau: Annotated[float, typer.Option(help="Kendall's τ of the ranker, as `pars eval` prints it, or a guess.")] = 0.5,
@@ -178,12 +179,15 @@ def advise(
 
     from pars_nb.advise import advise as ask
     from pars_nb.advise import to_html
-    from pars_nb.trace import read_trace
     from pars_nb.calibrate import load_engine
+    from pars_nb.trace import load_trace, named_columns
 
     if (trace is None) == (metrics_url is None):
         raise DataError("give --trace or --metrics-url (one of them)")
-    r = read_trace(trace, limit) if trace else watched(str(metrics_url), watch_s, min(limit, 5000))
+    if trace:
+        read = load_trace(trace, limit, named_columns(columns) if columns else None)
+        console.print(f"{trace.name}: {read}", soft_wrap=True, highlight=False, markup=False)
+    r = read.requests if trace else watched(str(metrics_url), watch_s, min(limit, 5000))
     report = ask(r._replace(arrival=r.arrival / speed), load_engine(engine), tau, seeds, replicas=replicas, routing=routing)
     t = Table("policy", "mean NTPOT", "× FCFS", "p99 E2EL", "× FCFS", title=f"{report['requests']:,} requests, simulated", title_justify="left")
     for row in report["table"]:

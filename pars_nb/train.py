@@ -20,12 +20,12 @@ from datasets import Dataset
 from pydantic import BaseModel, Field
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from .card import RankerMeta
 from .errors import DataError
-from .records import Record, fingerprint, split
 from .order import ranking_report, tau_b
 from .pairs import check_admissible, log_noise
-from .card import RankerMeta
 from .ranker import LOSSES, OUTPUTS, Ranker, load_encoder, load_ranker, to_scores
+from .records import Record, fingerprint, split
 
 # %% ../nbs/09_train.ipynb #ee369aa3
 class TrainConfig(BaseModel, extra="forbid"):

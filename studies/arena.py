@@ -6,10 +6,9 @@
 import json
 import math
 import resource
-import shlex
-import sys
 import time
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Annotated
@@ -17,47 +16,25 @@ from typing import Annotated
 import numpy as np
 import pandas as pd
 import typer
+from common import RESULTS, Data, EngineFile, Learning, Trace, gaps_of, running, write
 from numba import njit
 
 from pars_nb.advise import scores_with_tau
 from pars_nb.backends import open_ranker
-from pars_nb.bench import machine, variants
-from pars_nb.engine import EngineSettings, engine
-from pars_nb.workload import make_workload
+from pars_nb.bench import variants
 from pars_nb.calibrate import calibrate, faster, load_engine
-from pars_nb.loop import unseen
-from pars_nb.records import read
-from pars_nb.latency import summarise
-from pars_nb.policy import (
-    Cost,
-    Express,
-    FCFS,
-    HRRN,
-    PARS,
-    SJF,
-    Scale,
-    Spread,
-    Threshold,
-    Ticket,
-    Tokens,
-    by_score,
-    express_quantile,
-)
 from pars_nb.card import RankerMeta
+from pars_nb.cost import Cost, Spread, Ticket, Tokens, by_score
+from pars_nb.engine import EngineSettings
+from pars_nb.lane import Express, express_quantile
+from pars_nb.latency import summarise
+from pars_nb.loop import unseen
+from pars_nb.policy import FCFS, HRRN, PARS, Policy, SJF, Scale, Threshold
+from pars_nb.records import read
 from pars_nb.simulate import Requests, Simulated, capacity, simulate
+from pars_nb.workload import make_workload
 
 app = typer.Typer(add_completion=False)
-OUT = Path(__file__).resolve().parent.parent / "results/arena"
-Data = Annotated[Path, typer.Option(help="recorded lengths")]
-Trace = Annotated[Path, typer.Option(help="recorded arrivals: timestamp_s")]
-Engine = Annotated[Path, typer.Option(help="JSON of `pars calibrate`")]
-
-
-def write(name, **facts):
-    "One JSON per command: the command, the machine, and what came out."
-    OUT.mkdir(parents=True, exist_ok=True)
-    command = shlex.join(["python", "studies/arena.py", *sys.argv[1:]])
-    (OUT / f"{name}.json").write_text(json.dumps(dict(command=command, machine=machine(), **facts), indent=1) + "\n")
 
 
 @dataclass(frozen=True)
@@ -70,23 +47,6 @@ class Boost:
     def key(self, t: Ticket) -> float:
         c = self.cost(t)
         return t.arrival if c is None else t.arrival + math.log(-math.expm1(-self.gamma * max(1e-6, c * self.s_per_unit))) / self.gamma
-
-
-@dataclass
-class Learning:
-    "PARS whose lane is learned on the way, as the scheduler does it: from requests that came `lag` before and have finished since."
-    pars: PARS
-    output: np.ndarray
-    express: Express = field(default_factory=Express)
-    lag: int = 500
-    came: list = field(default_factory=list)
-
-    def key(self, t: Ticket) -> float:
-        cost = self.pars.cost(t)
-        self.came.append(None if cost is None else self.pars.scale.of(cost))
-        if (i := t.seq - self.lag) >= 0 and self.express.seen(self.came[i], float(self.output[i])):
-            self.pars = replace(self.pars, express=self.express.quantile)
-        return self.pars.key(t)
 
 
 def policies(scores, lengths, s_per_token, r, score):
@@ -192,17 +152,17 @@ def measure(s, tenants, slo=(2000.0, 100.0)):
 
 def predictors(workload):
     "Kendall's τ_b of each predictor as `studies/ranking.py predictors` measured it on this workload; {} where it did not."
-    path = OUT.parent / "ranking/predictors.json"
+    path = RESULTS / "ranking/predictors.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     d = pd.DataFrame([dict(p=r["key"][1], tau=r["tau_b"]) for r in rows if r["key"][0] == workload], columns=["p", "tau"])
     return d.groupby("p", sort=False).tau.mean().to_dict()
 
 
 @app.command()
-def sweep(data: Data, trace: Trace, engine: Engine, target: str | None = None, n: int = 4000, seeds: int = 3, tau: float = 0.6):
+def sweep(data: Data, trace: Trace, engine: EngineFile, target: str | None = None, n: int = 4000, seeds: int = 3, tau: float = 0.6):
     "Load, burst, noise, drift and a tenant that games the predictor: a row per policy, setting and seed."
     records, e, taus = read(data, target), load_engine(engine), predictors(data.stem)
-    gaps = np.diff(np.sort(pd.read_parquet(trace).timestamp_s.to_numpy()))
+    gaps = gaps_of(trace)
     rows, at = [], np.linspace(0, 1, 201)
     for seed in range(seeds):
         base = requests_from(records, gaps, n, seed)
@@ -229,12 +189,12 @@ def sweep(data: Data, trace: Trace, engine: Engine, target: str | None = None, n
                 score = np.where(tenants == 0, score.min(), score)
             s_per_token = 1 / (rate * r.output.mean())
             todo = policies(table, np.quantile(r.output, at).tolist(), s_per_token, r, clean)
-            done = ((name, simulate(told(r, kind, score, spread), e, p)) for name, (p, kind) in todo.items())
+            done: Iterator[tuple[str, Simulated]] = ((name, simulate(told(r, kind, score, spread), e, p)) for name, (p, kind) in todo.items())
             aside = ASIDE if sweep_name in ("load", "burst") else {}  # nothing is predicted there
             done = chain(done, ((name, set_aside(r, e, kind, s_per_token)) for name, kind in aside.items()))
             rows += [dict(sweep=sweep_name, x=x, seed=seed, policy=name, **measure(s, tenants)) for name, s in done]
         print(f"seed {seed}: {len(rows)} rows", flush=True)
-    write("sweep", n=n, tau=tau, engine=e.model_dump(), rows=rows)
+    write("arena/sweep", n=n, tau=tau, engine=e.model_dump(), rows=rows)
 
 
 def by_lane(r, share=0.1):
@@ -245,7 +205,7 @@ def by_lane(r, share=0.1):
 
 
 @app.command()
-def speed(trace: Trace, engine: Engine, sizes: list[int] = [10**4, 10**5, 10**6, 10**7], load: float = 0.9):  # noqa: B006
+def speed(trace: Trace, engine: EngineFile, sizes: list[int] = [10**4, 10**5, 10**6, 10**7], load: float = 0.9):  # noqa: B006
     "Simulated requests a second on one core: the Azure conversation trace (repeated) at ρ = 0.9, keys included."
     e, d, rows = load_engine(engine), pd.read_parquet(trace).sort_values("timestamp_s"), []
     gaps = np.diff(d.timestamp_s.to_numpy(), prepend=d.timestamp_s.iloc[0])
@@ -262,11 +222,11 @@ def speed(trace: Trace, engine: Engine, sizes: list[int] = [10**4, 10**5, 10**6,
             took = time.perf_counter() - start
             rows.append(dict(policy=name, n=n, seconds=took, per_s=n / took, events_per_request=s.events / n))
             print(rows[-1], flush=True)
-    write("speed", load=load, engine=e.model_dump(), rows=rows)
+    write("arena/speed", load=load, engine=e.model_dump(), rows=rows)
 
 
 @app.command()
-def fleet(trace: Trace, engine: Engine, replicas: int = 1000, n: int = 10**7, load: float = 0.95):
+def fleet(trace: Trace, engine: EngineFile, replicas: int = 1000, n: int = 10**7, load: float = 0.95):
     "1,000 replicas and ten million requests: per-replica order against one shared queue, and three routings."
     e, d, rows = load_engine(engine), pd.read_parquet(trace).sort_values("timestamp_s"), []
     rng = np.random.default_rng(0)
@@ -283,30 +243,25 @@ def fleet(trace: Trace, engine: Engine, replicas: int = 1000, n: int = 10**7, lo
                              mean_ttft_ms=float(lat.ttft.mean()), p99_e2el_ms=float(np.percentile(lat.e2el, 99)),
                              peak_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20))
             print(rows[-1], flush=True)
-    write("fleet", replicas=replicas, n=n, load=load, engine=e.model_dump(), rows=rows)
+    write("arena/fleet", replicas=replicas, n=n, load=load, engine=e.model_dump(), rows=rows)
 
 
 @app.command()
-def calibration(ranker: Annotated[Path, typer.Option()], data: Data, trace: Trace, out: Path = OUT / "engine_cpu.json",
+def calibration(ranker: Annotated[Path, typer.Option()], data: Data, trace: Trace, out: Path = RESULTS / "arena" / "engine_cpu.json",
                 target: str | None = None, requests: int = 400, seeds: int = 3,
                 rho: list[float] = [0.5, 0.8, 1.0, 1.3], max_num_seqs: int = 16, max_tokens: int = 1024):  # noqa: B006
     """Probe the real engine, then play the same requests in both: simulated over real, for three orders at four loads. A shared machine's
     speed drifts, so each seed begins with one more look at it (`faster`)."""
     records, rk = unseen(data, target, ranker), open_ranker(ranker, "torch")
-    gaps = np.diff(np.sort(pd.read_parquet(trace).timestamp_s.to_numpy()))
+    gaps = gaps_of(trace)
     settings, rows = EngineSettings(max_num_seqs=max_num_seqs), []
-    OUT.mkdir(parents=True, exist_ok=True)
     queues = {k: v for k, v in variants(str(ranker)).items() if "stock" not in k}
     at, lengths = rk.meta.score_quantiles, rk.meta.length_quantiles
-    orders = {"FCFS (our class)": FCFS(), "Oracle SJF": SJF()}
+    orders: dict[str, Policy] = {"FCFS (our class)": FCFS(), "Oracle SJF": SJF()}
     def pars(r):  # as the scheduler starts
         share = Express(0.1, rk.meta.work_shares)
         return Learning(PARS(Scale(lengths), 60.0, Tokens(at, lengths, 0.1), share.quantile), r.output, share, 150)
-    from contextlib import ExitStack
-    with ExitStack() as stack:
-        engines = {k: stack.enter_context(engine(settings, v, OUT / f"engine-{i}.log")) for i, (k, v) in enumerate(queues.items())}
-        for x in engines.values():
-            x.get()
+    with running(queues, settings, "arena/engine") as engines:
         models, drift = {}, []
         for k, x in engines.items():  # each process has a speed of its own
             models[k] = calibrate(x.run, max_num_seqs, max_num_batched_tokens=settings.max_num_batched_tokens, blocks=100_000,
@@ -333,9 +288,7 @@ def calibration(ranker: Annotated[Path, typer.Option()], data: Data, trace: Trac
                     rows.append(dict(queue=k, load=load, seed=seed, **{f"{key}_{side}": v[key] for side, v in (("real", real), ("sim", sim))
                                      for key in ("mean_ntpot_ms", "mean_ttft_ms", "p99_e2el_ms", "duration")}))
                     print({k2: round(v, 1) if isinstance(v, float) else v for k2, v in rows[-1].items()}, flush=True)
-    write("calibration", requests=requests, drift=drift, rows=rows, engines={k: m.model_dump() for k, m in models.items()})
-    for f in OUT.glob("engine-*.log"):
-        f.unlink()
+    write("arena/calibration", requests=requests, drift=drift, rows=rows, engines={k: m.model_dump() for k, m in models.items()})
 
 
 if __name__ == "__main__":

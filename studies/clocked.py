@@ -8,24 +8,26 @@ do not matter where lengths are forced). Each command writes results/serving/clo
 """
 import json
 import time
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import typer
-from arena import Learning
-from serving import CONTROL, Data, Ranker, Trace, ours, pace, scheduler_of, seconds, write
+from common import CONTROL, Data, EngineFile, Learning, Ranker, Trace, gaps_of, ours, pace, scheduler_of, write
 
 from pars_nb.backends import open_ranker
 from pars_nb.bench import table, variants
-from pars_nb.engine import render
-from pars_nb.workload import make_workload
 from pars_nb.calibrate import load_engine
 from pars_nb.console import quiet_transformers
-from pars_nb.loop import unseen
+from pars_nb.cost import Tokens
+from pars_nb.engine import render
+from pars_nb.lane import Express
 from pars_nb.latency import Served, summarise
+from pars_nb.loop import unseen
 from pars_nb.order import tau_b
-from pars_nb.policy import Express, FCFS, PARS, SJF, Scale, Tokens
+from pars_nb.policy import FCFS, PARS, Policy, SJF, Scale
 from pars_nb.simulate import Requests, simulate
+from pars_nb.workload import make_workload
 
 
 def request(i, ids, n, arrival, score, told, hasher):
@@ -82,7 +84,7 @@ class Clock:
         init_none_hash(sha256)
         self.m, self.tok = load_engine(engine), AutoTokenizer.from_pretrained(tiny_llm())
         self.hasher = get_request_block_hasher(self.m.block_size, sha256)
-        self.gaps = np.diff(np.sort(pd.read_parquet(trace).iloc[:, 0].pipe(seconds).to_numpy()))
+        self.gaps = gaps_of(trace)
 
     def run(self, w, variant, told=""):
         "A fresh scheduler plays the workload."
@@ -99,13 +101,15 @@ app = typer.Typer(add_completion=False)
 
 
 @app.command()
-def loads(ranker: Ranker, data: Data, trace: Trace, engine: Data, target: str | None = None, name: str = "", requests: int = 1500,
+def loads(ranker: Ranker, data: Data, trace: Trace, engine: EngineFile, target: str | None = None, name: str = "", requests: int = 1500,
           burst: int = 2000, seeds: int = 5, rho: list[float] = [0.3, 0.7, 0.9, 1.0, 1.1, 1.3], max_tokens: int = 1024):  # noqa: B006
     "Every queue at every load; and the simulator beside vLLM's scheduler, for FCFS and the oracle."
-    c, records, facts, rows, rates = Clock(engine, trace), unseen(data, target, ranker), open_ranker(ranker, "torch"), [], []
+    c, records, facts, rows = Clock(engine, trace), unseen(data, target, ranker), open_ranker(ranker, "torch"), []
+    rates: list[float] = []
     queues = variants(str(ranker), priority=True) | {"PARS, all go ahead": variants(str(ranker), express_share=1.0)["PARS"]}
-    simulated = {CONTROL: FCFS(), "Oracle SJF": SJF()}
-    for what in ("burst", *rho):
+    simulated: dict[str, Policy] = {CONTROL: FCFS(), "Oracle SJF": SJF()}
+    whats: list[Any] = ["burst", *rho]
+    for what in whats:
         for seed in range(seeds):
             if what == "burst":
                 w = make_workload(records, burst, seed=seed, max_tokens=max_tokens)
@@ -122,12 +126,12 @@ def loads(ranker: Ranker, data: Data, trace: Trace, engine: Data, target: str | 
             r = Requests(np.array(w.arrivals), np.array([x.prompt_tokens for x in served]), np.array(w.lengths), np.array(true))
             for q, p in simulated.items():
                 rows.append(dict(queue=f"{q}, simulated", workload=w.name, seed=seed, **summarise(simulate(r, c.m, p).served())))
-        write(f"clocked-{name or data.stem}", requests=requests, burst=burst, engine=c.m.model_dump(), ranker=facts.meta.metrics,
+        write(f"serving/clocked-{name or data.stem}", requests=requests, burst=burst, engine=c.m.model_dump(), ranker=facts.meta.metrics,
               summary=json.loads(table(pd.DataFrame(rows)).to_json(orient="records")), runs=rows)
 
 
 @app.command()
-def beside(ranker: Ranker, data: Data, trace: Trace, engine: Data, target: str | None = None, requests: int = 600, seeds: int = 3,
+def beside(ranker: Ranker, data: Data, trace: Trace, engine: EngineFile, target: str | None = None, requests: int = 600, seeds: int = 3,
            rho: list[float] = [0.5, 0.8, 1.0, 1.3], max_tokens: int = 1024):  # noqa: B006
     "The simulator beside vLLM's scheduler, on one clock: the same requests in both, for three orders at four loads."
     c, records, rk, rows = Clock(engine, trace), unseen(data, target, ranker), open_ranker(ranker, "torch"), []
@@ -136,6 +140,7 @@ def beside(ranker: Ranker, data: Data, trace: Trace, engine: Data, target: str |
     def pars(r):  # as the scheduler starts
         share = Express(0.1, rk.meta.work_shares)
         return Learning(PARS(Scale(lengths), 60.0, Tokens(at, lengths, 0.1), share.quantile), r.output, share, 150)
+    orders: dict[str, Policy] = {CONTROL: FCFS(), "Oracle SJF": SJF()}
     for seed in range(seeds):
         w = make_workload(records, requests, seed=seed, max_tokens=max_tokens)
         rate = pace(c.run(w.model_copy(update=dict(scores=[0.0] * requests)), queues[CONTROL]))
@@ -147,15 +152,15 @@ def beside(ranker: Ranker, data: Data, trace: Trace, engine: Data, target: str |
                 served = c.run(w.model_copy(update=dict(scores=true if oracle else scores.tolist())), v, "score" if oracle else "")
                 r = Requests(np.array(w.arrivals), np.array([x.prompt_tokens for x in served]), np.array(w.lengths),
                              np.array(true if oracle else scores))
-                sim = summarise(simulate(r, c.m, {CONTROL: FCFS(), "Oracle SJF": SJF()}.get(q) or pars(r)).served())
+                sim = summarise(simulate(r, c.m, orders.get(q) or pars(r)).served())
                 rows.append(dict(queue=q, load=load, seed=seed, **{f"{k}_{side}": x[k] for side, x in (("real", summarise(served)), ("sim", sim))
                                  for k in ("mean_ntpot_ms", "mean_ttft_ms", "p99_e2el_ms", "duration")}))
                 print({k: round(x, 2) if isinstance(x, float) else x for k, x in rows[-1].items()}, flush=True)
-    write("clocked-simulated", requests=requests, engine=c.m.model_dump(), rows=rows)
+    write("serving/clocked-simulated", requests=requests, engine=c.m.model_dump(), rows=rows)
 
 
 @app.command()
-def harm(data: Data, trace: Trace, engine: Data, target: str | None = None, requests: int = 2000, seeds: int = 5,
+def harm(data: Data, trace: Trace, engine: EngineFile, target: str | None = None, requests: int = 2000, seeds: int = 5,
          rho: list[float] = [0.9, 1.1], max_tokens: int = 1024):  # noqa: B006
     "Useless and reversed scores, which the clients send: those who come in the second half, when the guard has had its requests to judge by."
     c, records, rows = Clock(engine, trace), unseen(data, target, None), []
@@ -173,7 +178,7 @@ def harm(data: Data, trace: Trace, engine: Data, target: str | None = None, requ
                     late = summarise(sorted(served, key=lambda o: o.arrival)[requests // 2:])
                     rows.append(dict(queue=q, workload=w.name, seed=seed, **late))
                     print(f"{w.name:24} seed {seed} {q:18} mean E2EL {late['mean_e2el_ms']:8.0f} p99 {late['p99_e2el_ms']:8.0f} ms", flush=True)
-    write("clocked-harm", requests=requests, engine=c.m.model_dump(), summary=json.loads(table(pd.DataFrame(rows)).to_json(orient="records")),
+    write("serving/clocked-harm", requests=requests, engine=c.m.model_dump(), summary=json.loads(table(pd.DataFrame(rows)).to_json(orient="records")),
           runs=rows)
 
 

@@ -22,7 +22,8 @@ FILES = ["test_scheduler.py", "test_async_scheduler.py", "test_priority_schedule
 PLUGIN = """
 import vllm.v1.core.sched.async_scheduler as a
 import vllm.v1.core.sched.scheduler as s
-from pars_nb.scheduler import PARSScheduler, PolicyRequestQueue
+from pars_nb.adapter import PolicyRequestQueue
+from pars_nb.scheduler import PARSScheduler
 
 class Plain(PARSScheduler):
     is_async = False

@@ -12,7 +12,7 @@ import tempfile
 import time
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -21,10 +21,9 @@ from transformers import TrainerCallback, get_linear_schedule_with_warmup
 
 from pars_nb.bench import machine
 from pars_nb.console import quiet_transformers
-from pars_nb.records import draw
-from pars_nb.records import from_frame, read, split
 from pars_nb.order import bootstrap, noise_ceiling, pair_accuracy, tau_b
 from pars_nb.pairs import log_noise, order_matrix, random_pairs
+from pars_nb.records import draw, from_frame, read, split
 from pars_nb.train import TrainConfig, fit, new_ranker, set_seed
 
 app = typer.Typer(add_completion=False)
@@ -160,7 +159,7 @@ def predictors(data: Data, encoder: Encoder, seeds: int = 3, shard: Shard = "1/1
 @app.command("filter")
 def filtering(data: Data, encoder: Encoder, seeds: int = 3, shard: Shard = "1/1"):
     "Kept fraction and τ_b against δ, and against the noise-aware filter."
-    rules = {**{f"δ = {d}": dict(loss="margin", delta=d) for d in (0.0, 0.1, 0.2, 0.3, 0.5)},
+    rules: dict[str, dict[str, Any]] = {**{f"δ = {d}": dict(loss="margin", delta=d) for d in (0.0, 0.1, 0.2, 0.3, 0.5)},
              **{f"confidence {c}": dict(loss="margin", delta=0.0, confidence=c) for c in (0.6, 0.7, 0.8, 0.9)}}
     keys = [[w, k, s] for s in range(seeds) for w in ("alpaca_davinci003", "castillo_alpaca", "castillo_sharegpt") for k in rules]
     cells = Cells("filter", shard, parts=PARTS)

@@ -5,7 +5,6 @@
 import asyncio
 import json
 import os
-import shlex
 import socket
 import subprocess
 import sys
@@ -18,31 +17,21 @@ import httpx
 import numpy as np
 import torch
 import typer
+from common import CONTROL, Data, Ranker, ours, rotated, running, write
 
 from pars_nb.backends import FILES, open_ranker, try_backend
-from pars_nb.bench import BenchSettings, CONTROL, machine
-from pars_nb.engine import EngineSettings, engine
-from pars_nb.workload import make_workload
-from pars_nb.loop import unseen
-from pars_nb.records import draw
-from pars_nb.records import read, split
+from pars_nb.bench import BenchSettings
+from pars_nb.engine import EngineSettings
 from pars_nb.latency import summarise
+from pars_nb.loop import unseen
 from pars_nb.order import tau_b
 from pars_nb.ranker import load_ranker
+from pars_nb.records import draw, read, split
 from pars_nb.student import load_student
+from pars_nb.workload import make_workload
 
 app = typer.Typer(add_completion=False)
-Ranker = Annotated[Path, typer.Option(help="folder of the ranker, exported with `pars export`")]
 Student = Annotated[Path, typer.Option(help="folder that `pars distill` wrote")]
-Data = Annotated[Path, typer.Option(help="recorded lengths")]
-OUT = Path(__file__).resolve().parent.parent / "results/scoring"
-
-
-def write(name, **facts):
-    "One JSON per command: the command, the machine, and what came out."
-    OUT.mkdir(parents=True, exist_ok=True)
-    command = shlex.join(["python", "studies/scoring.py", *sys.argv[1:]])
-    (OUT / f"{name}.json").write_text(json.dumps(dict(command=command, machine=machine(), **facts), indent=1) + "\n")
 
 
 def timed(f, seconds=2.0, least=20):
@@ -152,7 +141,7 @@ def speed(ranker: Ranker, student: Student, data: Data, seconds: float = 2.0):
             facts.append(dict(server=name, single=http_single(url, prompts), many=[http_many(url, prompts[:400], c) for c in (1, 8, 64)]))
             print(facts[-1], flush=True)
     agree = [try_backend(ranker, b, seconds=0.1) for b in ("torch", *FILES)]
-    write("speed", prompts=len(prompts), rows=rows, servers=facts, agreement={a["backend"]: a["tau_b"] for a in agree})
+    write("scoring/speed", prompts=len(prompts), rows=rows, servers=facts, agreement={a["backend"]: a["tau_b"] for a in agree})
 
 
 @app.command()
@@ -185,41 +174,34 @@ def quantization(ranker: Ranker):
             t = timed(lambda: f.score([probes["prompts"][next(it) % len(probes["prompts"])]]), 2.0, 200)  # noqa: B023
             out.append(dict(backend=name, tau_b=agreement, taken=name in FILES, **t))
             print(out[-1], flush=True)
-    write("quantization", rows=out)
+    write("scoring/quantization", rows=out)
 
 
 @app.command("engine")
 def engine_cost(ranker: Ranker, student: Student, data: Data, target: str | None = None, requests: int = 300, seeds: int = 5, max_tokens: int = 1024):
     "Token throughput with and without scoring, in FCFS order either way (max_overtake_s 0), at ρ = 0.9 and in a burst."
     records, settings = unseen(data, target, ranker), EngineSettings()
-    def queue(**pars):
-        return dict(scheduler_cls="pars_nb.scheduler.PARSScheduler", additional_config=dict(pars=pars))
-    queues = {CONTROL: queue(policy="fcfs")}
+    queues = {CONTROL: ours(policy="fcfs")}
     for b in ("torch", "onnx-int8", "openvino-int8"):
-        queues[b] = queue(ranker=str(ranker), backend=b, max_overtake_s=0)
-    queues["student"] = queue(ranker=str(student), max_overtake_s=0)
-    from contextlib import ExitStack
-    rows, rates = [], []
-    with ExitStack() as stack:
-        engines = {k: stack.enter_context(engine(settings, v, OUT / f"engine-{i}.log")) for i, (k, v) in enumerate(queues.items())}
-        for e in engines.values():
-            e.get()
+        queues[b] = ours(ranker=str(ranker), backend=b, max_overtake_s=0)
+    queues["student"] = ours(ranker=str(student), max_overtake_s=0)
+    rows = []
+    rates: list[float] = []
+    with running(queues, settings, "scoring/engine") as engines:
         for e in engines.values():
             e.run(make_workload(records, 64, seed=999, max_tokens=max_tokens))
-        names = list(engines)
         for what in ("burst", "rho 0.9"):
             for seed in range(seeds):
                 rate = float("inf") if what == "burst" else 0.9 * float(np.median(rates))
                 w = make_workload(records, requests, rate, seed, max_tokens)
-                for name in names[seed % len(names):] + names[:seed % len(names)]:
+                for name in rotated(list(engines), seed):
                     s = summarise(engines[name].run(w))
                     rates += [s["request_throughput"]] if (name, what) == (CONTROL, "burst") else []
                     rows.append(dict(queue=name, workload=what, seed=seed, **{k: s[k] for k in ("output_throughput", "duration", "mean_tpot_ms",
                                                                                                "mean_ntpot_ms")}))
                     print(rows[-1], flush=True)
-    for f in OUT.glob("engine-*.log"):
-        f.unlink()
-    write("engine", requests=requests, seeds=seeds, rows=rows, settings=settings.model_dump(exclude={"model"}), bench=BenchSettings().model_dump())
+    write("scoring/engine", requests=requests, seeds=seeds, rows=rows,
+          settings=settings.model_dump(exclude={"model"}), bench=BenchSettings().model_dump())
 
 
 @app.command("student")
@@ -240,10 +222,9 @@ def student_quality(ranker: Ranker, student: Student, data: Data, target: str | 
     it = iter(range(10**9))
     one = timed(lambda: s.score([texts[next(it) % len(texts)]]), 3.0, 500)
     batch = timed(lambda: s.score(texts[64 * (next(it) % 40):][:64]), 3.0, 100)
-    write("student", train_prompts=len(fit), teacher_prompts=len([r for r in fit if r.prompt_id in small]), test_prompts=len(test), tau_b=tau,
+    write("scoring/student", train_prompts=len(fit), teacher_prompts=len([r for r in fit if r.prompt_id in small]), test_prompts=len(test), tau_b=tau,
           share=tau["student"] / tau["teacher"], us_single=1e3 * one["p50_ms"], us_single_p99=1e3 * one["p99_ms"],
           us_batch_64=1e3 * batch["p50_ms"] / 64, cores=os.cpu_count())
-
 
 
 @app.command("long")
@@ -279,7 +260,7 @@ def long_prompts(encoder: Annotated[Path, typer.Option()], data: Annotated[Path,
             rows.append(dict(data=name, part=part, prompts=len(y), over_512=int(over.sum()), tau_b=tau_b(score, y),
                              tau_b_over_512=tau_b(score[over], y[over]), lo=lo, hi=hi))
             print(rows[-1], flush=True)
-    write("long", target=target, folds=folds, rows=rows)
+    write("scoring/long", target=target, folds=folds, rows=rows)
 
 
 @torch.inference_mode()
@@ -303,7 +284,7 @@ def max_tokens_effect(ranker: Ranker, data: Data, target: str | None = None, see
         real = np.minimum(y, limit)
         capped = np.array([cap(float(s), int(m)) for s, m in zip(score, limit, strict=True)])
         rows.append(dict(share_with_limit=share, tau_b_prompt_only=tau_b(score, real), tau_b_with_max_tokens=tau_b(capped, real)))
-    write("cap", prompts=len(y), limits=[16, 64, 256], rows=rows)
+    write("scoring/cap", prompts=len(y), limits=[16, 64, 256], rows=rows)
 
 
 if __name__ == "__main__":

@@ -5,44 +5,24 @@ writes one JSON into results/serving.
         --trace ../shared/data/trace_azure2023_conv.parquet
 """
 import json
-import shlex
-import sys
 import time
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
+import pandas as pd
 import typer
+from common import CONTROL, Data, Ranker, Trace, gaps_of, ours, pace, rotated, running, scheduler_of, write
 
 from pars_nb.backends import open_ranker
-from pars_nb.bench import CONTROL, machine, table, variants
-from pars_nb.engine import EngineSettings, engine
-from pars_nb.workload import make_workload
+from pars_nb.bench import table, variants
 from pars_nb.console import quiet_transformers
-from pars_nb.loop import unseen
+from pars_nb.engine import EngineSettings
 from pars_nb.latency import summarise
+from pars_nb.loop import unseen
 from pars_nb.order import tau_b
+from pars_nb.workload import make_workload
 
 app = typer.Typer(add_completion=False)
-OUT = Path(__file__).resolve().parent.parent / "results/serving"
-Ranker = Annotated[Path, typer.Option(help="folder of the ranker")]
-Data = Annotated[Path, typer.Option(help="recorded lengths")]
-Trace = Annotated[Path, typer.Option(help="recorded arrivals: its first column")]
-
-
-def write(name, **facts):
-    "One JSON per command: the command, the machine, and what came out."
-    OUT.mkdir(parents=True, exist_ok=True)
-    command = shlex.join(["python", f"studies/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-    (OUT / f"{name}.json").write_text(json.dumps(dict(command=command, machine=machine(), **facts), indent=1) + "\n")
-
-
-def pace(served):
-    "Requests a second until nine tenths are answered: what an engine serves that is never idle (the last ones run in a half-empty batch)."
-    done = sorted(s.last for s in served)
-    k = max(1, int(0.9 * len(done)))
-    return k / (done[k - 1] - min(s.arrival for s in served))
 
 
 @app.command()
@@ -54,13 +34,10 @@ def load(ranker: Ranker, data: Data, trace: Trace, target: str | None = None, na
     scores; and the control twice, to see the noise), less those left out. Recorded lengths (times `scale`), a burst and the trace's
     arrivals stretched to each ρ (`--no-streams`: only the burst); interleaved, in an order that rotates. ρ = 1 is the pace of the control
     in the burst (median over seeds)."""
-    import pandas as pd
-
     records, facts = unseen(data, target, ranker), open_ranker(ranker, "torch")
     if scale != 1.0:
         records = [r.model_copy(update=dict(lengths=tuple(max(1, round(scale * n)) for n in r.lengths))) for r in records]
-    at = np.sort(pd.read_parquet(trace).iloc[:, 0].pipe(seconds).to_numpy())
-    gaps, queues, settings = np.diff(at), variants(str(ranker), priority=True), EngineSettings(max_num_seqs=max_num_seqs)
+    gaps, queues, settings = gaps_of(trace), variants(str(ranker), priority=True), EngineSettings(max_num_seqs=max_num_seqs)
     if student:  # the same queue, with the cheap ranker in it
         queues["PARS (student)"] = variants(str(student))["PARS"]
     queues["PARS, scores sent"] = variants(str(ranker), client_scores=True)["PARS"]
@@ -69,17 +46,13 @@ def load(ranker: Ranker, data: Data, trace: Trace, target: str | None = None, na
         queues["FCFS (our class), again"] = queues[CONTROL]
     queues, told = {k: v for k, v in queues.items() if k not in leave_out}, ("priority (stock), offline scores", "PARS, scores sent")
     known = dict(zip((r.prompt for r in records), facts.score([r.prompt for r in records]).tolist(), strict=True))
-    name, rows, rates = name or data.stem, [], []
+    name, rows = name or data.stem, []
+    rates: list[float] = []
     def scored(w):
         return w.model_copy(update=dict(scores=[known[p] for p in w.prompts]))
-    with ExitStack() as stack:
-        OUT.mkdir(parents=True, exist_ok=True)
-        engines = {k: stack.enter_context(engine(settings, v, OUT / f"engine-{name}-{i}.log")) for i, (k, v) in enumerate(queues.items())}
-        for e in engines.values():
-            e.get()
+    with running(queues, settings, f"serving/engine-{name}") as engines:
         for e in engines.values():
             e.run(scored(make_workload(records, 200, seed=999, max_tokens=max_tokens)))
-        names = list(engines)
         for what in ("burst", *(rho if streams else ())):
             for seed in range(seeds):
                 if what == "burst":
@@ -87,90 +60,39 @@ def load(ranker: Ranker, data: Data, trace: Trace, target: str | None = None, na
                 else:
                     n = requests if what > 0.5 else requests // 2
                     w = make_workload(records, n, what * float(np.median(rates)), 1000 + seed, max_tokens, f"azure ρ={what:g}", gaps)
-                w, k = scored(w), seed % len(names)
-                for q in names[k:] + names[:k]:
+                w = scored(w)
+                for q in rotated(list(engines), seed):
                     served = engines[q].run(w if q in told else w.model_copy(update=dict(scores=[])))
                     s = summarise(served)
                     rates += [pace(served)] if (q, what) == (CONTROL, "burst") else []
                     rows.append(dict(queue=q, workload=w.name, seed=seed, tau_b=tau_b(np.array(w.scores), np.array(w.lengths)), **s))
                     print(f"{w.name:12} seed {seed} {q:34} NTPOT {s['mean_ntpot_ms']:8.1f} ms  p99 E2EL {s['p99_e2el_ms']:8.0f} ms  "
                           f"{s['duration']:5.1f} s", flush=True)
-                write(f"load-{name}", requests=requests, burst=burst, scale=scale, max_tokens=max_tokens,
+                write(f"serving/load-{name}", requests=requests, burst=burst, scale=scale, max_tokens=max_tokens,
                       engine=settings.model_dump(exclude={"model"}), ranker=facts.meta.metrics,
                       summary=json.loads(table(pd.DataFrame(rows)).to_json(orient="records")), runs=rows)
-    for f in OUT.glob(f"engine-{name}-*.log"):
-        f.unlink()
 
 
 @app.command()
 def harm(data: Data, target: str | None = None, requests: int = 1000, seeds: int = 5, max_tokens: int = 1024, max_num_seqs: int = 16):
     """Useless and reversed scores, which the clients send: bursts, ratios to FCFS. A burst of half the size comes first, by which the guard
     judges; and the same without a guard, without a guard and a lane, and in the shadow."""
-    import pandas as pd
-
     records, settings, rows = unseen(data, target, None), EngineSettings(max_num_seqs=max_num_seqs), []
     queues = {CONTROL: ours(policy="fcfs"), "PARS": ours(client_scores=True), "no guard": ours(client_scores=True, min_tau=0.0),
               "no guard, no lane": ours(client_scores=True, min_tau=0.0, express_share=1.0), "shadow": ours(client_scores=True, mode="shadow")}
     def burst(n, kind, seed):
         w, rng = make_workload(records, n, seed=seed, max_tokens=max_tokens, name=f"{kind} scores"), np.random.default_rng(seed)
         return w.model_copy(update=dict(scores=rng.random(n).tolist() if kind == "random" else [-float(n) for n in w.lengths]))
-    with ExitStack() as stack:
-        OUT.mkdir(parents=True, exist_ok=True)
-        engines = {k: stack.enter_context(engine(settings, v, OUT / f"engine-harm-{i}.log")) for i, (k, v) in enumerate(queues.items())}
-        for e in engines.values():
-            e.get()
-        names = list(engines)
+    with running(queues, settings, "serving/engine-harm") as engines:
         for kind in ("random", "reversed"):
             for e in engines.values():
                 e.run(burst(requests // 2, kind, 999))
             for seed in range(seeds):
-                for q in names[seed % len(names):] + names[: seed % len(names)]:
+                for q in rotated(list(engines), seed):
                     s = summarise(engines[q].run(burst(requests, kind, seed)))
                     rows.append(dict(queue=q, workload=f"{kind} scores", seed=seed, **s))
                     print(f"{kind:9} seed {seed} {q:18} mean E2EL {s['mean_e2el_ms']:8.0f} p99 {s['p99_e2el_ms']:8.0f} ms", flush=True)
-    write("harm", requests=requests, summary=json.loads(table(pd.DataFrame(rows)).to_json(orient="records")), runs=rows)
-    for f in OUT.glob("engine-harm-*.log"):
-        f.unlink()
-
-
-def seconds(column):
-    "Arrival times as seconds, whatever they were recorded as."
-    import pandas as pd
-
-    if pd.api.types.is_numeric_dtype(column):
-        return column.astype(float)
-    return (pd.to_datetime(column) - pd.to_datetime(column).min()).dt.total_seconds()
-
-
-def scheduler_of(seqs=64, tokens=8192, block_size=16, blocks=20_000, scheduler_cls=None, scheduling_policy="fcfs", additional_config=None):
-    "vLLM's scheduler, or ours (`scheduler_cls`), without an engine."
-    import torch
-    from vllm.config import CacheConfig, ModelConfig, ParallelConfig, SchedulerConfig, VllmConfig
-    from vllm.v1.core.sched.scheduler import Scheduler
-    from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-    from vllm.v1.structured_output import StructuredOutputManager
-
-    from pars_nb.scheduler import PARSScheduler
-    from pars_nb.tiny import tiny_llm
-
-    model = ModelConfig(model=str(tiny_llm()), dtype="float32")
-    sched = SchedulerConfig(max_num_seqs=seqs, max_num_batched_tokens=tokens, max_model_len=model.max_model_len, policy=scheduling_policy,
-                            is_encoder_decoder=False, async_scheduling=False)
-    cache = CacheConfig(block_size=block_size, enable_prefix_caching=True)
-    cfg = VllmConfig(model_config=model, scheduler_config=sched, cache_config=cache, parallel_config=ParallelConfig(),
-                     additional_config=additional_config or {})
-    spec = FullAttentionSpec(block_size=block_size, num_kv_heads=1, head_size=1, dtype=torch.float32)
-    kv = KVCacheConfig(num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)])
-    cache.num_gpu_blocks = blocks
-    register_all_kvcache_specs(cfg)
-    cls = PARSScheduler if scheduler_cls else Scheduler
-    return cls(vllm_config=cfg, kv_cache_config=kv, block_size=block_size, log_stats=True, structured_output_manager=StructuredOutputManager(cfg))
-
-
-def ours(**pars):
-    "Engine arguments of our class with these settings."
-    return dict(scheduler_cls="pars_nb.scheduler.PARSScheduler", additional_config=dict(pars=pars))
+    write("serving/harm", requests=requests, summary=json.loads(table(pd.DataFrame(rows)).to_json(orient="records")), runs=rows)
 
 
 KINDS = {"FCFS (stock)": {}, "priority (stock)": dict(scheduling_policy="priority"), CONTROL: ours(policy="fcfs"), "PARS": ours(client_scores=True)}
@@ -179,10 +101,10 @@ KINDS = {"FCFS (stock)": {}, "priority (stock)": dict(scheduling_policy="priorit
 def step_cost(kind, waiting, steps, seed):
     "Microseconds a step (schedule and update), and a joining request, with so many waiting; eight requests end in each step."
     from vllm import SamplingParams
+    from vllm.utils.hashing import sha256
     from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
-    from vllm.utils.hashing import sha256
 
     init_none_hash(sha256)
     rng, s, hasher = np.random.default_rng(seed), scheduler_of(**KINDS[kind]), get_request_block_hasher(16, sha256)
@@ -222,7 +144,7 @@ def steps(steps: int = 60, seeds: int = 5):
                 step, join = step_cost(kind, waiting, steps, seed)
                 rows.append(dict(queue=kind, waiting=waiting, seed=seed, step_us=step, join_us=join))
                 print(rows[-1], flush=True)
-    write("step", rows=rows)
+    write("serving/step", rows=rows)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MOST = 40  # lines of an exported cell
-LIGHT = "errors pairs order card score chat cost policy lane waiting signals learner trust meters".split()
+LIGHT = "errors pairs order card score chat cost policy lane waiting signals learner foresight trust meters".split()
 HEAVY = "torch vllm pandas scipy sklearn pyarrow"
 
 
@@ -18,7 +18,7 @@ def rooms():
     out = {}
     for path in sorted((ROOT / "nbs").glob("[0-9]*.ipynb")):
         text = path.read_text(encoding="utf-8")
-        if found := re.search(r"#\\| ?default_exp (\\w+)", text):
+        if found := re.search(r"#\| ?default_exp (\w+)", text):
             out[found.group(1)] = int(path.name[:2]), ROOT / f"pars_nb/{found.group(1)}.py"
     return out
 
