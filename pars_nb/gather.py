@@ -5,25 +5,26 @@
 # %% auto #0
 __all__ = ['shard_of', 'shard_folders', 'shares', 'rows_of', 'view', 'answers', 'merge', 'adopt', 'Worker', 'Crew', 'gather']
 
-# %% ../nbs/43_gather.ipynb #4072b5f8
+# %% ../nbs/43_gather.ipynb #de02bc72
 import asyncio
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from zlib import crc32
 
 from tqdm.auto import tqdm
 
-from .collect import Ask, Collected, Journal, collect
+from .collect import Ask, Collected, Journal, Prompt, collect
 from .errors import CollectError, extra, first_line
+from .files import json_line
 
 with extra("fleet"):
     import ray
     from ray.exceptions import RayActorError
 
-# %% ../nbs/43_gather.ipynb #571ca79c
+# %% ../nbs/43_gather.ipynb #278cb5f6
 def shard_of(prompt_id: str, shards: int) -> int:
     "The same on every machine."
     return crc32(prompt_id.encode()) % shards
@@ -35,33 +36,33 @@ def shard_folders(out: str | Path, shards: int) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     note = out / "shards.json"
     if not note.exists():
-        _write(note, json.dumps(dict(shards=shards)))
+        _write(note, json.dumps(dict(shards=shards)).encode())
     return [out / f"shards/{k:05}" for k in range(json.loads(note.read_text())["shards"])]
 
 
-def shares(prompts: dict[str, str], shards: int) -> list[dict[str, str]]:
+def shares(prompts: Mapping[str, Prompt], shards: int) -> list[dict[str, Prompt]]:
     "Each shard's prompts."
-    out: list[dict[str, str]] = [{} for _ in range(shards)]
+    out: list[dict[str, Prompt]] = [{} for _ in range(shards)]
     for i, prompt in prompts.items():
         out[shard_of(i, shards)][i] = prompt
     return out
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, data: bytes) -> None:
     "All of it or nothing."
     new = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(new, "w", encoding="utf-8") as f:
-        f.write(text)
+    with open(new, "wb") as f:
+        f.write(data)
         f.flush()
         os.fsync(f.fileno())
     new.replace(path)
 
-# %% ../nbs/43_gather.ipynb #a7a62b68
+# %% ../nbs/43_gather.ipynb #6c3a8a09
 def rows_of(journal: Path) -> Iterator[dict[str, Any]]:
     "The whole lines of a journal; none where there is none."
     if journal.exists():
         data = journal.read_bytes()
-        yield from map(json.loads, data[: data.rfind(b"\n") + 1].splitlines())
+        yield from (json.loads(line) for line in data[: data.rfind(b"\n") + 1].split(b"\n") if line.strip())
 
 
 def view(out: str | Path) -> dict[str, int]:
@@ -81,7 +82,7 @@ def merge(out: str | Path) -> int:  # answers
     "Write all shards' answers as `out`/lengths.jsonl, which `pars train` reads, in the order of prompt and run."
     rows = [r for f in sorted(Path(out).glob("shards/*")) for r in rows_of(f / "lengths.jsonl")]
     rows.sort(key=lambda r: (r["prompt_id"], r["run"]))
-    _write(Path(out) / "lengths.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+    _write(Path(out) / "lengths.jsonl", b"".join(map(json_line, rows)))
     return len(rows)
 
 # %% ../nbs/43_gather.ipynb #009be8af
@@ -99,15 +100,15 @@ def adopt(out: Path, folders: list[Path], ask: Ask) -> None:
         finally:
             journal.close()
 
-# %% ../nbs/43_gather.ipynb #6c68d944
+# %% ../nbs/43_gather.ipynb #5c109b79
 class Worker:
     "Runs the collector on a shard."
 
-    async def run(self, prompts: dict[str, str], folder: str, ask: Ask, api_key: str, concurrency: int, lock_s: float = 30.0) -> int:
+    async def run(self, prompts: Mapping[str, Prompt], folder: str, ask: Ask, settings: dict[str, Any], lock_s: float = 30.0) -> int:
         "`collect`; gives how many requests were refused. It waits up to `lock_s` for a shard that a dying process still holds."
         for attempt in range(int(4 * lock_s) + 1):
             try:
-                return (await collect(prompts, folder, ask, api_key, concurrency, progress=False)).failed
+                return (await collect(prompts, folder, ask, progress=False, **settings)).failed
             except CollectError as e:
                 if " refused all " in str(e):  # of this shard: whether the endpoint refuses everything, the driver sees
                     return len({(r["prompt_id"], r["run"]) for r in rows_of(Path(folder) / "failed.jsonl")})
@@ -154,9 +155,9 @@ class Crew:
         if self.deaths[folder][0] >= 5:
             raise CollectError(f"five workers died on {folder} ({first_line(e)}); see Ray's logs, then run the same command again") from e
 
-# %% ../nbs/43_gather.ipynb #e3b806a9
+# %% ../nbs/43_gather.ipynb #ecf7a25d
 def gather(
-    prompts: dict[str, str],  # prompt_id → prompt
+    prompts: Mapping[str, Prompt],  # prompt_id → a text, or a chat as a list of turns
     out: str | Path,  # folder on storage that every machine sees; one that holds answers is continued
     ask: Ask,
     api_key: str = "-",
@@ -164,12 +165,14 @@ def gather(
     concurrency: int = 256,  # requests under way in each
     shards: int = 0,  # 0: four for each worker, so that a slow one holds up little
     progress: bool = True,
+    **more: Any,  # `endpoints`, `timeout`, `retries` of `collect`
 ) -> Collected:
     "`collect` spread over the actors of a Ray cluster (`ray.init` is the caller's). Raises CollectError; run it again to go on."
     out, folders = Path(out), shard_folders(out, shards or 4 * workers)
     adopt(out, folders, ask)
     before, refused = answers(folders), 0
-    crew = Crew(workers, [(p, str(f), ask, api_key, concurrency) for f, p in zip(folders, shares(prompts, len(folders)), strict=True) if p])
+    settings, parts = dict(api_key=api_key, concurrency=concurrency) | more, shares(prompts, len(folders))
+    crew = Crew(workers, [(p, str(f), ask, settings) for p, f in zip(parts, folders, strict=True) if p])
     with tqdm(total=ask.runs * len(prompts), initial=before, unit="answer", disable=not progress) as bar:
         try:
             while crew.todo or crew.busy:
@@ -177,7 +180,7 @@ def gather(
                 bar.update(answers(folders) - bar.n if progress else 0)
         except ray.exceptions.RayTaskError as e:
             raise CollectError(str(e.cause)) from e
-    _write(out / "collect.json", ask.model_dump_json(indent=1) + "\n")
+    _write(out / "collect.json", ask.model_dump_json(indent=1).encode() + b"\n")
     now = merge(out)
     if refused and not now:
         raise CollectError(f"{ask.base_url} refused all {refused} requests; the reasons are in {out}/shards/*/failed.jsonl")

@@ -4,26 +4,22 @@ writes one JSON into results/fleet.
     python studies/fleet.py demo
 """
 import asyncio
-import json
 import logging
 import os
 import random
-import shlex
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import typer
+from common import RESULTS, rotated, write
 
-from pars_nb.bench import machine
 from pars_nb.fleet import ROUTERS, FleetSettings, down, fleet_config, up
 from pars_nb.latency import Served, summarise
 from pars_nb.order import tau_b
 from pars_nb.workload import Workload
 
 app = typer.Typer(add_completion=False)
-OUT = Path(__file__).resolve().parent.parent / "results/fleet"
+OUT = RESULTS / "fleet"
 SHOWN = ["mean_ntpot_ms", "p99_ntpot_ms", "mean_e2el_ms", "p99_e2el_ms"]
 # the embedded LLM's own words: two beginnings that many requests share
 BEGINNINGS = ["i am writing a book for children and i need some help . " * 4, "listen well and do only what i say . " * 6]
@@ -32,13 +28,6 @@ BEGINNINGS = ["i am writing a book for children and i need some help . " * 4, "l
 @app.callback()
 def studies():
     "One command a measurement."
-
-
-def write(name, **facts):
-    "One JSON per command: the command, the machine, and what came out."
-    OUT.mkdir(parents=True, exist_ok=True)
-    command = shlex.join(["python", f"studies/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-    (OUT / f"{name}.json").write_text(json.dumps(dict(command=command, machine=machine(), **facts), indent=1) + "\n")
 
 
 def heavy_tailed(n, seed, most, noise, rate=None):
@@ -96,7 +85,7 @@ def demo(requests: int = 120, seeds: int = 3, most: int = 400, noise: float = 0.
     for router in names:
         one_run(url, heavy_tailed(24, 999, most, noise), router)  # warm-up
     for seed in range(seeds):
-        order = names[seed % 4 :] + names[: seed % 4]
+        order = rotated(names, seed)
         rows += [show(began, one_run(url, heavy_tailed(requests, seed, most, noise), router)) for router in order]
         pace = next(r["throughput"] for r in rows if (r["seed"], r["router"], r["workload"]) == (seed, "power-of-two", "burst"))
         rows += [show(began, one_run(url, heavy_tailed(requests, 100 + seed, most, noise, rho * pace), router)) for router in order]
@@ -105,7 +94,7 @@ def demo(requests: int = 120, seeds: int = 3, most: int = 400, noise: float = 0.
         r["seed"] %= 100
     table, seconds = ratios(rows), time.time() - began
     print(table.to_string())
-    write("demo", requests=requests, most=most, noise=noise, rho=rho, max_num_seqs=seqs, seconds=seconds, runs=rows)
+    write("fleet/demo", requests=requests, most=most, noise=noise, rho=rho, max_num_seqs=seqs, seconds=seconds, runs=rows)
     table.round(3).to_csv(OUT / "demo.csv")
     figure(rows).savefig(OUT / "demo.png", dpi=100)
 
@@ -173,7 +162,7 @@ def plan(requests: int = 50_000, seeds: int = 5, large: bool = True):
     if large:
         fleet, rows = Fleet(replicas=1000), []
         w = traffic(fleet, 10_000_000, 0.97, tail=1.8)
-        for r in ("power-of-two", "fewest before"):
+        for r in ("power-of-two", "fewest requests", "fewest before"):
             began = time.time()
             rows.append(dict(router=r, replicas=1000, requests=len(w.arrival), **figures(w, simulated(fleet, w, r)[0])))
             rows[-1]["seconds"] = time.time() - began
@@ -181,7 +170,7 @@ def plan(requests: int = 50_000, seeds: int = 5, large: bool = True):
         facts |= dict(large=rows)
     table = plan_table(facts["runs"])
     print(table.to_string())
-    write("plan", **facts)
+    write("fleet/plan", **facts)
     table.round(3).to_csv(OUT / "plan.csv")
 
 
