@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['ROUTERS', 'FleetSettings', 'router_config', 'engine_kwargs', 'replica_env', 'fleet_config', 'write_config',
-           'read_config', 'cluster', 'up', 'status', 'metrics_urls', 'down']
+           'read_config', 'address', 'cluster', 'up', 'status', 'metrics_urls', 'down']
 
-# %% ../nbs/43_fleet.ipynb #d617b1d4
+# %% ../nbs/43_fleet.ipynb #2cd1134c
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -108,23 +109,35 @@ def read_config(path: str | Path) -> dict[str, Any]:
         raise EngineError(f"{path}: no `applications` in it; `pars fleet yaml` writes one to begin with")
     return config
 
-# %% ../nbs/43_fleet.ipynb #ef280546
+# %% ../nbs/43_fleet.ipynb #506765a6
+def address() -> str:
+    "The Ray cluster of RAY_ADDRESS, else the one that `ray start` began on this machine; empty where that does not answer."
+    note = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray/ray_current_cluster"
+    found = os.environ.get("RAY_ADDRESS") or (note.read_text().strip() if note.exists() else "")
+    host, _, port = found.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=3).close()
+        return found
+    except (OSError, ValueError):  # Ray itself would wait for it for two minutes, and then end the process
+        return ""
+
+
 def cluster(start: bool = False, cpus: int | None = None, memory: int = 200_000_000) -> None:
-    "Connect to the Ray cluster of this machine; with `start` begin one where there is none. Raises `EngineError`."
+    "Connect to the Ray cluster that there is; with `start` begin one on this machine where there is none. Raises `EngineError`."
     with extra("fleet"):
         import ray
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if ray.is_initialized():
         return
-    for attempt in (1, 2):
-        try:
-            ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
-            return
-        except ConnectionError as e:
-            if not start or attempt == 2:
-                raise EngineError("no Ray cluster runs here; start one with `pars fleet up`, or name it in RAY_ADDRESS") from e
-            _ray("start", "--head", "--disable-usage-stats", "--include-dashboard=false", f"--object-store-memory={memory}",
-                 f"--num-cpus={cpus or os.cpu_count() or 1}")
+    if not (found := address()):
+        if named := os.environ.get("RAY_ADDRESS"):
+            raise EngineError(f"no Ray cluster answers at {named}, which RAY_ADDRESS names; unset it, or start one there")
+        if not start:
+            raise EngineError("no Ray cluster runs here; start one with `pars fleet up`, or name it in RAY_ADDRESS")
+        _ray("start", "--head", "--disable-usage-stats", "--include-dashboard=false", f"--object-store-memory={memory}",
+             f"--num-cpus={cpus or os.cpu_count() or 1}")
+        found = address()
+    ray.init(address=found, log_to_driver=False, logging_level="ERROR")
 
 
 def _ray(*arguments: str) -> None:

@@ -77,7 +77,8 @@ def demo(requests: int = 120, seeds: int = 3, most: int = 400, noise: float = 0.
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request
     began, rows, names = time.time(), [], list(ROUTERS)
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
-    ray.init(num_cpus=8, object_store_memory=200_000_000, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    quiet = dict(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(address="local", num_cpus=8, object_store_memory=200_000_000, **quiet)
     # float32: on some processors bfloat16 ends in an illegal instruction
     engine = dict(dtype="float32", max_num_seqs=seqs, max_model_len=2048, max_num_batched_tokens=2048)
     s = FleetSettings(kind="cpu", name="tiny", router="pars_nb.switch:SwitchRouter", client_scores=True, port=port, engine=engine)
