@@ -36,15 +36,15 @@ def collect(
     sample: Annotated[int | None, typer.Option(help="Ask only so many of the prompts, drawn evenly over prompt lengths.")] = None,
     api: Annotated[str, typer.Option(help="chat or completions")] = "chat",
     system: Annotated[str | None, typer.Option(help="System prompt for chats that bring none.")] = None,
-    extra_body: Annotated[str | None, typer.Option(help="JSON for every request, e.g. '{\"chat_template_kwargs\": {\"enable_thinking\": false}}'.")] = None,
+    extra_body: Annotated[str | None, typer.Option(help="JSON for every request, e.g. '{\"top_k\": 20}'.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Not sent where not given, like the next three.")] = None,
     top_p: float | None = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longer answers are cut, and marked as capped.")] = None,
     seed: int | None = None,
-    stream: Annotated[bool, typer.Option(help="Ask for streams; an endpoint that can do nothing else is found out anyway.")] = False,
+    stream: Annotated[bool, typer.Option(help="Ask for streams; found out where it must be.")] = False,
     concurrency: Annotated[int, typer.Option(help="Requests under way at once.")] = 32,
     timeout: Annotated[float, typer.Option(help="Seconds that an answer may take.")] = 600.0,
-    price: Annotated[str | None, typer.Option(help="Price of a million prompt tokens and of a million answer tokens, e.g. 0.15,0.60.")] = None,
+    price: Annotated[str | None, typer.Option(help="Of a million prompt tokens and of a million answer tokens, e.g. 0.15,0.60.")] = None,
     api_key: Annotated[str, typer.Option(envvar="OPENAI_API_KEY", show_default=False)] = "-",
 ) -> None:
     """Ask an LLM and write down how long its answers are. Stop it and start it again as you like.
@@ -71,7 +71,7 @@ def how_to_ask(**settings: Any) -> Any:
     try:
         return Ask.model_validate({k: v for k, v in settings.items() if v is not None})
     except ValidationError as e:
-        said = [" ".join([f"--{str(o['loc'][0]).replace('_', '-')}:" if o["loc"] else "", o["msg"].removeprefix("Value error, ")]).strip() for o in e.errors()]
+        said = [(f"--{str(o['loc'][0]).replace('_', '-')}: " if o["loc"] else "") + o["msg"].removeprefix("Value error, ") for o in e.errors()]
         raise CollectError("; ".join(said)) from e
 
 
@@ -97,7 +97,7 @@ def two_prices(text: str | None) -> tuple[float, float] | None:
 
     parts = text.split(",")
     if len(parts) != 2:
-        raise DataError(f"--price {text!r}: give the price of a million prompt tokens and of a million answer tokens, like 0.15,0.60")
+        raise DataError(f"--price {text!r}: give two, of a million prompt tokens and of a million answer tokens, like 0.15,0.60")
     return float(read_number(parts[0], "the price", "--price")), float(read_number(parts[1], "the price", "--price"))
 
 # %% ../nbs/45_loop.ipynb #files003
@@ -111,7 +111,8 @@ def collect_all(prompts: dict[str, Any], out: Path, ask: Any, price: tuple[float
         console.print(f"stopped; what came is safe in {out}: run the same command again to go on", soft_wrap=True)
         raise typer.Exit(130) from e
     cost = f", cost {r.cost(price):.2f}" if price else ""
-    console.print(f"{r.asked} answers came ({r.response_tokens:,} tokens{cost}), {r.resumed} were there, {r.failed} refused → {out}/lengths.jsonl", soft_wrap=True)
+    came = f"{r.asked} answers came ({r.response_tokens:,} tokens{cost}), {r.resumed} were there, {r.failed} refused"
+    console.print(f"{came} → {out}/lengths.jsonl", soft_wrap=True)
     if r.capped:
         console.print(f"{r.capped} of them were cut at a limit: at least that long")
     if len(r.answered_by) > 1:
@@ -127,14 +128,14 @@ def collect_all(prompts: dict[str, Any], out: Path, ask: Any, price: tuple[float
 @app.command("import")
 @clear_errors
 def import_log(
-    log: Annotated[Path, typer.Argument(help="Batch output, spend log, traces, conversations, a server's log: .jsonl, .json, .csv, .parquet, .log, .gz.")],
+    log: Annotated[Path, typer.Argument(help="Batch output, spend log, spans, conversations, a server's log.")],
     out: Annotated[Path | None, typer.Option(help="Folder for lengths.jsonl.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Only show the first five answers as they were understood.")] = False,
-    format: Annotated[str | None, typer.Option(help="Where the content does not tell: openai-batch, litellm, openrouter, otel, langfuse, conversations, vllm-log …")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="What was asked, where the log does not hold it: joined by id, e.g. the batch's input file.")] = None,
+    format: Annotated[str | None, typer.Option(help="Where the content does not tell; an unknown one lists them.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="What was asked, joined by id, e.g. the batch's input file.")] = None,
     model: Annotated[str | None, typer.Option(help="Who answered, where the log does not say.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="Counts answers that were logged as text: a hub name or folder. Its chat template is taken off prompts.")] = None,
-    columns: Annotated[str | None, typer.Option(help="Any other table: prompt=NAME,model=NAME,tokens=NAME (or answer=NAME, with --tokenizer).")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Counts answers logged as text; its chat template is taken off prompts.")] = None,
+    columns: Annotated[str | None, typer.Option(help="Any other table: prompt=NAME,model=NAME,tokens=NAME (or answer=NAME).")] = None,
 ) -> None:
     """Lengths from what was logged, so that no LLM has to be asked again.
 
@@ -157,7 +158,7 @@ def template_off(tokenizer: str | None) -> Any:
     "What takes the last user turn out of a rendered chat; None without a tokenizer."
     if tokenizer is None:
         return None
-    from pars_nb.chat import chat_marks, last_user_turn
+    from pars_nb.chat import chat_marks
     from pars_nb.records import load_tokenizer
 
     marks = chat_marks(load_tokenizer(tokenizer))
@@ -312,7 +313,8 @@ def with_pars(args: list[str], pars: dict[str, Any]) -> list[str]:  # arguments 
     """vLLM's arguments with our settings in `--additional-config`, beside what others have there. Raises `DataError` where it can't be."""
     from pars_nb.errors import DataError
 
-    rest, config, i = [], {}, 0
+    rest, i = [], 0
+    config: dict[str, Any] = {}
     while i < len(args):
         flag, given, value = args[i].partition("=")
         name = flag.replace("_", "-").lstrip("-")

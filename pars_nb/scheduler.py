@@ -29,7 +29,7 @@ from .lane import Express
 from .learner import Learner
 from .meters import Meters, State
 from .moved import forwards
-from .policy import FCFS, HRRN, PARS, SJF, Policy, Scale, Threshold
+from .policy import FCFS, HRRN, PARS, Policy, SJF, Scale, Threshold
 from .score import ScoreThread
 from .signals import Marks, Reader
 from .trust import Trust
