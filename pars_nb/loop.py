@@ -240,9 +240,10 @@ def evaluate(
     from pars_nb.errors import DataError
     from pars_nb.order import ranking_report
     from pars_nb.records import one_model, read, split
+    from pars_nb.student import UNIVERSAL, named
 
     r, records = open_ranker(ranker, "torch"), one_model(read(data, target))
-    records = records if all_prompts else split(records, seed=r.meta.seed)[2]
+    records = records if all_prompts or named(ranker) == UNIVERSAL else split(records, seed=r.meta.seed)[2]
     if len(records) < 2:
         raise DataError(f"{len(records)} held-out prompts are too few; --all-prompts takes all of them")
     report = ranking_report(r.score([o.prompt for o in records]), records, delta)
@@ -294,9 +295,10 @@ def unseen(data: Path, target: str | None, ranker: Path | None) -> list[Any]:
     "The records that the ranker's training split did not hold; all of them without a ranker."
     from pars_nb.card import load_meta
     from pars_nb.records import held_out, one_model, read
+    from pars_nb.student import UNIVERSAL, named
 
     records = one_model(read(data, target))
-    return held_out(records, load_meta(ranker).seed) if ranker else records
+    return held_out(records, load_meta(named(ranker)).seed) if ranker and named(ranker) != UNIVERSAL else records
 
 # %% ../nbs/45_loop.ipynb #0719c555
 def show_bench(result: dict[str, Any], out: Path) -> None:
@@ -359,13 +361,14 @@ def serve(
 
     from pars_nb.backends import open_ranker
     from pars_nb.engine import engine_env
+    from pars_nb.student import named
 
     pars: dict[str, Any] = dict(tail=tail, lane=lane, max_overtake_s=max_overtake_s)
     if state:
         pars["state"] = str(state.resolve())
     if ranker:
         open_ranker(ranker, "torch")  # a clear error here beats a fallback there
-        pars["ranker"] = str(ranker.resolve())
+        pars["ranker"] = str(named(ranker).resolve())
     cmd = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model,
            "--scheduler-cls", "pars_nb.scheduler.PARSScheduler", *with_pars(ctx.args, pars)]
     console.print(shlex.join(cmd), soft_wrap=True, highlight=False, markup=False)

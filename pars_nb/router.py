@@ -25,7 +25,7 @@ def length_of(ranker: str | None) -> Callable[[float], float]:
         return float
     from pars_nb.backends import open_ranker
     from pars_nb.card import load_meta
-    from pars_nb.policy import Tokens
+    from pars_nb.cost import Tokens
 
     meta = open_ranker(ranker).meta if ranker.startswith("http") else load_meta(ranker)
     return Tokens(meta.score_quantiles, meta.length_quantiles).answer

@@ -9,6 +9,8 @@ import os
 import random
 import time
 
+from typing import Any
+
 import numpy as np
 import typer
 from common import RESULTS, rotated, write
@@ -144,7 +146,8 @@ def plan(requests: int = 50_000, seeds: int = 5, large: bool = True):
 
     agree, asked = same_as_router()
     assert agree == asked, "the loop is not the router"
-    base, cases = Fleet(), {}
+    base = Fleet()
+    cases: dict[str, tuple[Fleet, dict[str, Any]]] = {}
     for rho in (0.8, 0.95, 1.05, float("inf")):
         load = "burst" if rho == float("inf") else f"ρ {rho:g}"
         cases |= {f"{r} replicas, {load}": (base._replace(replicas=r), dict(rho=rho)) for r in (2, 8, 100)}
@@ -154,9 +157,9 @@ def plan(requests: int = 50_000, seeds: int = 5, large: bool = True):
     cases |= {"replicas FCFS": (base._replace(fcfs=True), hard)}
     cases |= {"prompts begin alike": (base._replace(groups=40, prompt=50.0), dict(rho=0.75))}
     rows = []
-    for name, (fleet, load) in cases.items():
+    for name, (fleet, how) in cases.items():
         for seed in range(seeds):
-            w = traffic(fleet, requests, seed=seed, **load)
+            w = traffic(fleet, requests, seed=seed, **how)
             for r in rules:
                 rows.append(dict(case=name, router=r, seed=seed, **figures(w, simulated(fleet, w, r, seed)[0])))
     facts = dict(requests=requests, same_choices=[agree, asked], runs=rows)

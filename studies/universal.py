@@ -18,7 +18,7 @@ from common import RESULTS, Data, write
 from pars_nb.card import RankerMeta
 from pars_nb.order import bootstrap, tau_b
 from pars_nb.records import Record, draw, fingerprint, read, split, unit_hash
-from pars_nb.student import SIGNALS, Student, adapted, learn, look, load_student
+from pars_nb.student import SIGNALS, Student, adapted, learn, load_student, look
 
 app = typer.Typer(add_completion=False)
 HERE = Path(__file__).resolve().parent
@@ -202,10 +202,11 @@ def signals(data: Data, seeds: int = 1) -> None:
     rows = []
     for seed in range(seeds):
         for name in ("nothing", *GROUPS, "hand-written requests"):
-            kw = dict(without=GROUPS.get(name, ())) | (dict(prior=0.0) if name.startswith("hand") else {})
+            kw: dict[str, Any] = dict(without=GROUPS.get(name, ())) | (dict(prior=0.0) if name.startswith("hand") else {})
             found = by_workload(data, FIRST_GOALS, seed, boot=0, **kw)  # type: ignore[arg-type]
-            rows.append(dict(without=name, seed=seed, tau_b={k: r["tau_b"] for k, r in found.items()}))
-            print(name, {k: round(v, 3) for k, v in rows[-1]["tau_b"].items()}, flush=True)
+            taus: dict[str, Any] = {k: r["tau_b"] for k, r in found.items()}  # type: ignore[attr-defined]
+            rows.append(dict(without=name, seed=seed, tau_b=taus))
+            print(name, {k: round(v, 3) for k, v in taus.items()}, flush=True)
     write("universal/signals", seeds=seeds, groups=GROUPS, rows=rows)
 
 
