@@ -62,6 +62,9 @@ class Queues(NamedTuple):
     preempted: Ints  # the top of the stack
     shadow: Ints  # (queues, classes): whose turn it would be under first come, first served
     credit: Ints  # (queues, classes): work let in that the shadow has not served yet
+    limit: Ints  # (queues, classes): the first in the line that came too late to go ahead freely
+    beyond: Ints  # (queues, classes): work let in from there on, but for the lane
+    waiting: Ints  # (queues, classes): work that waits
 
 
 class Progress(NamedTuple):
@@ -131,7 +134,8 @@ def _queues(requests: int, queues: int, classes: int) -> Queues:
     return Queues(left=_ints(requests, NONE), right=_ints(requests, NONE), taken=np.zeros(requests, np.bool_),
                   behind=_ints(requests, NONE), beneath=_ints(requests, NONE), root=_ints(queues, NONE),
                   head=_ints(queues, NONE), tail=_ints(queues, NONE), preempted=_ints(queues, NONE),
-                  shadow=_ints((queues, classes), NONE), credit=_ints((queues, classes)))
+                  shadow=_ints((queues, classes), NONE), credit=_ints((queues, classes)), limit=_ints((queues, classes), NONE),
+                  beyond=_ints((queues, classes)), waiting=_ints((queues, classes)))
 
 
 def _progress(requests: int) -> Progress:
@@ -231,8 +235,8 @@ def _join(world, queue, request):
     else:
         queues.behind[queues.tail[queue]] = request
     queues.tail[queue] = request
-    if queues.shadow[queue, world.given.priority[request]] < 0:
-        queues.shadow[queue, world.given.priority[request]] = request
+    if world.given.claim.size:
+        _join_shadow(world, queue, request)
 
 
 @compiled
@@ -284,6 +288,26 @@ def _best_ratio(world, queue, oldest, now):
         request = queues.behind[request]
     return best
 
+# %% ../nbs/32_events.ipynb #5d0a7a13
+@compiled
+def _join_shadow(world, queue, request):
+    queues, priority = world.queues, world.given.priority[request]
+    queues.waiting[queue, priority] += world.given.claim[request]
+    if queues.shadow[queue, priority] < 0:
+        queues.shadow[queue, priority] = request
+    if queues.limit[queue, priority] < 0:
+        queues.limit[queue, priority] = request
+
+
+@compiled
+def _take_from_shadow(world, queue, request):
+    "It is let in: the shadow may serve as much."
+    queues, given, priority = world.queues, world.given, world.given.priority[request]
+    queues.credit[queue, priority] += given.claim[request]
+    queues.waiting[queue, priority] -= given.claim[request]
+    if not given.lane[request] and _is_beyond(world, queue, request):
+        queues.beyond[queue, priority] += given.claim[request]
+
 # %% ../nbs/32_events.ipynb #5d0a7a11
 @compiled
 def _shadow_head(world, queue, priority):
@@ -299,14 +323,39 @@ def _shadow_head(world, queue, priority):
 
 
 @compiled
-def _late(world, queue, root, oldest, now):
+def _is_beyond(world, queue, request):
+    "Is it none of those that may go ahead freely?"
+    limit = world.queues.limit[queue, world.given.priority[request]]
+    return limit >= 0 and request >= limit
+
+
+@compiled
+def _set_limit(world, queue, priority, arrival):
+    "Those of the class that came until then may go ahead freely."
+    given, queues = world.given, world.queues
+    request = queues.limit[queue, priority]
+    while request >= 0 and (given.priority[request] != priority or given.arrival[request] <= arrival):
+        if given.priority[request] == priority and queues.taken[request] and not given.lane[request]:
+            queues.beyond[queue, priority] -= given.claim[request]
+        request = queues.behind[request]
+    queues.limit[queue, priority] = request
+
+# %% ../nbs/32_events.ipynb #5d0a7a12
+@compiled
+def _elder_goes(world, queue, root, oldest, now):
     "Does the oldest go before the root, by the tail rule?"
-    given = world.given
-    tail, most, head = given.tail[0], given.tail[1], _shadow_head(world, queue, given.priority[root])
+    given, priority, queues = world.given, world.given.priority[root], world.queues
+    tail, most, head = given.tail[0], given.tail[1], _shadow_head(world, queue, priority)
     if given.arrival[root] - given.arrival[oldest] > most:
         return True
     turn = given.arrival[head] if head >= 0 else np.inf
-    return not given.lane[root] and (tail == 0 or now - given.arrival[oldest] > tail * (now - turn))
+    if given.lane[root]:
+        return False
+    if tail == 0 or now - given.arrival[oldest] > tail * (now - turn):
+        return True
+    _set_limit(world, queue, priority, turn + min(1.0, tail - 1) * (now - turn))
+    ahead = queues.beyond[queue, priority] + given.claim[root]
+    return _is_beyond(world, queue, root) and ahead > (tail - 1) / 2 * queues.waiting[queue, priority]
 
 # %% ../nbs/32_events.ipynb #2e8f4d68
 @compiled
@@ -321,8 +370,8 @@ def _peek(world, queue, now):
     oldest = _oldest(world, queue, priority[root])
     if world.given.service.size:
         return _best_ratio(world, queue, oldest, now)
-    late = world.given.due[oldest] <= now if world.given.due.size else _late(world, queue, root, oldest, now)
-    return oldest if late else root
+    goes = world.given.due[oldest] <= now if world.given.due.size else _elder_goes(world, queue, root, oldest, now)
+    return oldest if goes else root
 
 
 @compiled
@@ -334,7 +383,7 @@ def _take(world, queue, request):
         return
     queues.taken[request] = True
     if world.given.claim.size:
-        queues.credit[queue, world.given.priority[request]] += world.given.claim[request]
+        _take_from_shadow(world, queue, request)
 
 # %% ../nbs/32_events.ipynb #2470c4b8
 @compiled

@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 
 from .cost import Ticket
 from .policy import Policy
-from .tail import Shadow
+from .tail import Followed
 
 # %% ../nbs/23_waiting.ipynb #d688be83
 T_ = TypeVar("T_", bound=Hashable)
@@ -109,7 +109,7 @@ class Ordered(Line[T_]):
         super().__init__()
         self.policy: Any = policy
         self.now = -math.inf
-        self.shadows: dict[int, Shadow] = defaultdict(Shadow)  # of each priority class
+        self.shadows: dict[int, Followed] = defaultdict(Followed)  # of each priority class
 
     def put(self, item: T_, t: Ticket) -> None:
         "Come in, or move to another place. The key is made once, when it joins or its score comes."
@@ -146,7 +146,15 @@ class Headed(Ordered[T_]):
         eldest, shortest = self.waiting[self.ages.first()], self.waiting[self.keys.first()]
         if shortest.arrival - eldest.arrival > getattr(self.policy, "max_overtake_s", math.inf):
             return True
-        return not self.in_lane(shortest) and self.late(eldest)
+        return not self.in_lane(shortest) and (self.late(eldest) or self.far(shortest))
+
+    def far(self, t: Ticket) -> bool:
+        "Would it be too much of what came later than what is near?"
+        if not hasattr(self.policy, "limit"):
+            return False
+        shadow = self.shadows[t.priority]
+        shadow.set_limit(self.policy.limit(self.now, shadow.since()))
+        return not t.claim.near and shadow.beyond + t.claim.work > self.policy.budget(shadow.waiting)
 
     def peek(self) -> T_:
         "The next one. Raises IndexError on an empty queue."
@@ -159,7 +167,7 @@ class Headed(Ordered[T_]):
         item = self.peek()
         t = self.waiting[item]
         self.promoted += not hasattr(self.policy, "ratio") and item != self.keys.first()
-        self.shadows[t.priority].take(t)
+        self.shadows[t.priority].take(t, self.in_lane(t))
         super().remove(item)
         return item
 
@@ -170,7 +178,8 @@ class Headed(Ordered[T_]):
         super().remove(item)
 
     def __iter__(self) -> Iterator[T_]:
-        return iter(sorted(self.waiting, key=self.place))
+        head = [self.peek()] if self.waiting else []
+        return iter(head + [i for i in sorted(self.waiting, key=self.place) if i not in head])
 
 # %% ../nbs/23_waiting.ipynb #40e148c0
 class PolicyQueue(Headed[T_]):
