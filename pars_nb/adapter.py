@@ -187,7 +187,7 @@ def unknown(scheduler: Any) -> str:
     missing += [f"PolicyRequestQueue.{m}" for m in sorted(RequestQueue.__abstractmethods__ - {*dir(PolicyRequestQueue)})]
     return f"{', '.join(missing)} is missing" if missing else ""
 
-# %% ../nbs/28_adapter.ipynb #f972bcd7
+# %% ../nbs/28_adapter.ipynb #808d9547
 log = logging.getLogger("vllm.pars_nb")
 
 
@@ -207,7 +207,11 @@ def is_async(scheduler: Any) -> bool:
 
 def take_over(scheduler: Any, q: Any) -> bool:
     "Put a `PolicyQueue` in the place of vLLM's queues. False where the layout is unknown: the scheduler is vLLM's own from here on."
-    if what := unknown(scheduler):
+    try:
+        what = unknown(scheduler)
+    except Exception as e:  # a module or a name that we look for is gone
+        what = f"{type(e).__name__}: {e}"
+    if what:
         log.warning("PARS: this vLLM is not known (%s); its own scheduler serves, first come, first served", what)
         scheduler.__class__ = stock(type(scheduler), is_async(scheduler))
         return False
@@ -231,10 +235,12 @@ def _two_parts(scheduler: Any, q: Any) -> None:
 
     scheduler._select_waiting_queue_for_scheduling = next_queue
 
-# %% ../nbs/28_adapter.ipynb #911ca7fc
+# %% ../nbs/28_adapter.ipynb #a18ee39a
 def follow_async(cls: type) -> type:
-    "Class decorator: with asynchronous scheduling off, what `AsyncScheduler` overrides is `Scheduler`'s, exactly as in stock vLLM."
+    """Class decorator: with asynchronous scheduling off, what `AsyncScheduler` overrides is `Scheduler`'s, as in stock vLLM. Adds the property
+    `is_async` that says which of the two it is."""
     with_async, without = stock(cls, True), stock(cls, False)
+    cls.is_async = property(is_async)  # type: ignore[attr-defined]
     for name, method in vars(with_async).items():
         if with_async is not without and callable(method) and not name.startswith("__") and hasattr(without, name):
             setattr(cls, name, _either(name, with_async, without))
@@ -243,7 +249,7 @@ def follow_async(cls: type) -> type:
 
 def _either(name: str, with_async: type, without: type) -> Any:
     def method(self: Any, *args: Any, **kw: Any) -> Any:
-        return getattr(with_async if is_async(self) else without, name)(self, *args, **kw)
+        return getattr(with_async if self.is_async else without, name)(self, *args, **kw)
 
     method.__name__ = name
     return method

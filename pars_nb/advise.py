@@ -24,7 +24,7 @@ from scipy.stats import norm, rankdata
 from .errors import DataError
 from .lane import express_quantile
 from .moved import forwards
-from .policy import FCFS, PARS, SJF, Policy, Scale
+from .policy import FCFS, PARS, Policy, SJF, Scale
 from .simulate import EngineModel, Requests, Simulated, simulate
 
 # %% ../nbs/36_advise.ipynb #76e410ef

@@ -21,7 +21,7 @@ MOVED = {
     "cli_scoring": {"cli": "app", "console": "Folder",
                     "tools": "export push pull distill score_server calibrate advise watched"},
     "collect": {"errors": "CollectError"},
-    "data": {"errors": "DataError", "records": "Record prompt_hash check_frame from_frame read write_jsonl from_responses "
+    "data": {"errors": "DataError", "records": "Record prompt_hash from_frame read write_jsonl from_responses "
                                                "read_hub unit_hash split fingerprint"},
     "metrics": {"order": "tau_b pair_accuracy bootstrap noise_ceiling ranking_report",
                 "latency": "Served latencies summarise"},

