@@ -1,22 +1,23 @@
 """Collects the notebooks: one pytest item for each cell that asserts.
 
-A notebook's cells run in order in one shell, as in Jupyter. An item runs every cell up to and including its own that
-has not run yet; the last item of a notebook also runs what follows it. Cells flagged `slow`, `cuda` or `notest` are left
-out unless `--flags` names the flag.
+A notebook's cells run in order in a Jupyter kernel of its own, as "Run all" would run them. An item runs every cell up to and
+including its own that has not run yet; the last item of a notebook also runs what follows it. Cells flagged `slow`, `cuda` or
+`notest` are left out unless `--flags` names the flag.
 """
 import ast
 import os
-import traceback
-from pathlib import Path
+import re
+from contextlib import ExitStack
 
+import nbformat
 import pytest
-from execnb.shell import CaptureShell
-from nbdev.config import get_config
-from nbdev.test import nb_test_cells
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 FLAGS = ("slow", "cuda", "notest")
 os.environ.setdefault("IN_TEST", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def pytest_addoption(parser):
@@ -38,38 +39,50 @@ def asserts(source):
     return any(isinstance(n, ast.Assert) for n in ast.walk(tree)) or any(n.startswith("test_") for n in names)
 
 
+def flags_of(source):
+    "The flags among a cell's directives: the `#|` lines that it begins with."
+    head = re.match(r"(?:#\|.*\n?)*", source).group()
+    return {f for f in FLAGS if re.search(rf"^#\|\s*{f}\b", head, re.MULTILINE)}
+
+
 class Notebook(pytest.File):
-    "The cells of a notebook and the shell they run in."
+    "The code cells of a notebook and the kernel they run in."
 
     def collect(self):
-        self.shell, self.todo = None, nb_test_cells(self.path, (), ())
-        flags = [{f for f in FLAGS if f in (c.directives_ or {})} for c in self.todo]
-        items = [i for i, c in enumerate(self.todo) if asserts(c.source)]
+        self.book = nbformat.read(self.path, as_version=4)
+        self.cells = [(i, c) for i, c in enumerate(self.book.cells) if c.cell_type == "code" and c.source.strip()]
+        self.client, self.done, self.broken, self.held = None, 0, None, ExitStack()
+        items = [k for k, (_, c) in enumerate(self.cells) if asserts(c.source)]
         wanted = set(self.config.getoption("--flags").split())
-        self.skip = {i for i, f in enumerate(flags) if f - wanted}
-        for i in items:
-            stop = i + 1 if i != items[-1] else len(self.todo)
-            item = Cell.from_parent(self, name=f"cell {i + 1}", index=i, stop=stop)
-            for flag in flags[i]:
+        self.skip = {k for k, (_, c) in enumerate(self.cells) if flags_of(c.source) - wanted}
+        for k in items:
+            item = Cell.from_parent(self, name=f"cell {k + 1}", index=k, stop=k + 1 if k != items[-1] else len(self.cells))
+            for flag in flags_of(self.cells[k][1].source):
                 item.add_marker(flag)
             yield item
 
     def run_until(self, stop):
-        if self.shell is None:
-            self.shell, self.done, self.broken = CaptureShell(self.path), 0, None
-            self.shell.run_cell(f"import os; os.chdir({str(Path(self.path).parent)!r})")
+        "Run what has not run yet, up to the cell at `stop`."
+        if self.client is None:
+            self.client = NotebookClient(self.book, timeout=None, kernel_name="python3", resources=dict(metadata=dict(path=str(self.path.parent))))
+            self.held.enter_context(self.client.setup_kernel())
         if self.broken:
             pytest.fail(f"an earlier cell of {self.path.name} failed ({self.broken})", pytrace=False)
-        for i in range(self.done, stop):
-            self.done = i + 1
-            if i not in self.skip:
-                self._run(i)
+        for k in range(self.done, stop):
+            self.done = k + 1
+            if k not in self.skip:
+                self.run(k)
+        if stop == len(self.cells):
+            self.held.close()
 
-    def _run(self, i):
-        result = self.shell.run_cell(self.todo[i].source)
-        if error := result.error_before_exec or result.error_in_exec:
-            self.broken = f"cell {i + 1}: {type(error).__name__}"
-            raise CellError(self.todo[i].source + "\n\n" + "".join(traceback.format_exception(error))) from error
+    def run(self, k):
+        place, cell = self.cells[k]
+        try:
+            self.client.execute_cell(cell, place)
+        except (CellExecutionError, DeadKernelError) as e:
+            self.broken = f"cell {k + 1}: {getattr(e, 'ename', type(e).__name__)}"
+            self.held.close()
+            raise CellError(re.sub(r"\x1b\[[0-9;]*m", "", str(e))) from e
 
 
 class CellError(Exception):
@@ -94,8 +107,10 @@ class Cell(pytest.Item):
         return super().repr_failure(excinfo, style)
 
     def reportinfo(self):
-        return self.path, None, f"{Path(self.path).name} {self.name}"
+        return self.path, None, f"{self.path.name} {self.name}"
 
 
-def pytest_configure(config):
-    get_config(config.rootpath)  # a clear error now where pyproject.toml is not found
+def pytest_sessionfinish(session):
+    "Kernels of notebooks that were stopped half-way (`-x`, Ctrl-C)."
+    for book in {item.parent for item in session.items if isinstance(item, Cell)}:
+        book.held.close()

@@ -98,6 +98,8 @@ def make_app(ranker: Any, max_queue: int = 1000, cache: int = 4096) -> Any:  # a
     cap = Cap(ranker.meta.score_quantiles, ranker.meta.length_quantiles)
     meters, app = ServerMeters(scores), FastAPI(title="pars score-server")
 
+    app.state.meters = meters
+
     async def one(prompt: str, max_tokens: int | None = None) -> Score:
         start = time.perf_counter()
         s = cap(await scores(prompt), max_tokens)
