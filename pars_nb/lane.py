@@ -43,8 +43,7 @@ class Express:
         window: int = 50,  # finished requests to remember of each bin
         every: int = 64,  # how many new ones before another look
     ) -> None:
-        self.share, self.every, self.new = share, every, 0
-        self.prior = bin_means(work_shares, bins)
+        self.share, self.every, self.new, self.prior = share, every, 0, bin_means(work_shares, bins)
         self.done: list[deque[float]] = [deque(maxlen=window) for _ in range(bins)]
         self.quantile = self._look()
 

@@ -7,7 +7,7 @@ __all__ = ['KNOTS', 'APP', 'TAG', 'LENGTH', 'SCORE', 'BASE', 'VERSION', 'ARRAYS'
            'Columns', 'columns', 'sums', 'Tables', 'Model', 'pieces', 'numbers', 'find', 'app_index', 'scores',
            'Matrix', 'ridge', 'schema', 'matrix', 'fit', 'Judged', 'concordance', 'Judge', 'judged', 'Expert',
            'experts', 'Verdict', 'Memory', 'Fits', 'Choice', 'Core', 'save', 'load', 'applications', 'keep', 'inspect',
-           'Follows', 'Engine', 'Learner', 'serve', 'Handed', 'Child']
+           'Follows', 'Engine', 'Learner', 'serve', 'Handed', 'Fed', 'Child']
 
 # %% ../nbs/25_learner.ipynb #35769123
 import logging
@@ -223,7 +223,7 @@ class Matrix:
         sparse = np.bincount(self.cols, weights=self.vals * u[self.rows], minlength=self.width)
         return np.concatenate([sparse, self.dense.T @ u])
 
-
+# %% ../nbs/25_learner.ipynb #748c6ded
 def ridge(
     x: Matrix,
     y: np.ndarray,  # (n,)
@@ -765,7 +765,7 @@ def _start_core(settings: dict[str, Any], share: float | None = None, fresh: boo
             settings["state"], base = None if base is not None else settings["state"], None
     return Core(settings["floor"], base, share, settings["ranker"])
 
-
+# %% ../nbs/25_learner.ipynb #9c084c23
 def _keep(core: Core, settings: dict[str, Any]) -> str | None:  # what went wrong
     try:
         keep(core, settings["state"], settings["target"], settings["name"])
@@ -773,7 +773,7 @@ def _keep(core: Core, settings: dict[str, Any]) -> str | None:  # what went wron
         return f"the learner's state can't be written: {first_line(e)}"
     return None
 
-
+# %% ../nbs/25_learner.ipynb #6778bb82
 def serve(fd: int) -> None:
     "The process: rows come through a pipe, verdicts go back. It ends when the pipe does, or its parent."
     import signal
@@ -850,7 +850,36 @@ class Handed:
         self.wake.set()
 
 # %% ../nbs/25_learner.ipynb #dd14ace8
-class Child(Handed):
+class Fed(Handed):
+    "The two ends of the pipe: rows go out in batches, verdicts come in."
+
+    def _hand_over(self, pipe: Connection) -> None:
+        rows: list[Row] = []
+        running: list[Row] | None = None
+        while self.todo and len(rows) < 256:
+            item = self.todo.popleft()
+            if isinstance(item, Row):
+                rows.append(item)
+            else:
+                running = item
+        self.lately.extend(rows)
+        if rows or running is not None:
+            pipe.send((rows, running))
+        if self.todo:
+            self.wake.set()
+
+    def _listen(self, pipe: Connection) -> None:
+        try:
+            while True:
+                self.latest, wrong = pipe.recv()
+                self.said = time.monotonic()
+                if wrong:
+                    log.warning("PARS: %s", wrong)
+        except (EOFError, OSError):
+            pass
+
+# %% ../nbs/25_learner.ipynb #b9966403
+class Child(Fed):
     "The process that learns, started anew when it dies."
 
     def _run(self) -> None:
@@ -887,28 +916,3 @@ class Child(Handed):
             raise ChildProcessError(f"exit code {self.process.wait()}")
         ours.send(None)  # good-bye: it keeps its state and ends, which ends the thread that listens, too
         self.process.wait(10)
-
-    def _hand_over(self, pipe: Connection) -> None:
-        rows: list[Row] = []
-        running: list[Row] | None = None
-        while self.todo and len(rows) < 256:
-            item = self.todo.popleft()
-            if isinstance(item, Row):
-                rows.append(item)
-            else:
-                running = item
-        self.lately.extend(rows)
-        if rows or running is not None:
-            pipe.send((rows, running))
-        if self.todo:
-            self.wake.set()
-
-    def _listen(self, pipe: Connection) -> None:
-        try:
-            while True:
-                self.latest, wrong = pipe.recv()
-                self.said = time.monotonic()
-                if wrong:
-                    log.warning("PARS: %s", wrong)
-        except (EOFError, OSError):
-            pass

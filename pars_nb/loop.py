@@ -395,9 +395,11 @@ def demo(
 
     [dim]pars demo --out results/demo[/]
     """
+    from pars_nb.backends import open_ranker
     from pars_nb.bench import draw_lengths
     from pars_nb.engine import need_vllm, serving
     from pars_nb.records import read
+    from pars_nb.student import distill as distil
     from pars_nb.tiny import demo_prompts
 
     need_vllm()
@@ -410,8 +412,10 @@ def demo(
     console.print(f"→ {draw_lengths(read(work / 'lengths'), out / 'lengths.png')}: most answers are short, and a few hold most of the work")
     step(2, "train", "a small BERT learns the order, from scratch")
     train(data=work / "lengths", out=work / "ranker", encoder="tiny", epochs=DEMO["epochs"], batch_size=32)
+    distil(open_ranker(work / "ranker"), read(work / "lengths"), work / "student")
+    console.print("and a student that is linear learns it too: the engine has two cores here, and a look at a prompt must cost microseconds")
     step(3, "bench", "the same burst through five queues of a real engine")
-    bench(data=work / "lengths", ranker=work / "ranker", out=out, requests=requests, seeds=seeds, load=[])
+    bench(data=work / "lengths", ranker=work / "student", out=out, requests=requests, seeds=seeds, load=[])
     console.print(f"the loop took {time.time() - start:.0f} s; lengths and ranker are in {work}", soft_wrap=True)
 
 

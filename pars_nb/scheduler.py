@@ -339,7 +339,8 @@ def start_learning(scheduler: OrderedScheduler) -> tuple[Reader | None, Switchin
     if not c.learn or c.policy == "fcfs":
         return None, Switching(None, table, c.prefill_token)
     target = f"{model.model} with the tokenizer {model.tokenizer}"
-    start = partial(Learner, target, c.state, f"rank{scheduler.parallel_config.data_parallel_index}", not c.learn_inline)
+    told = scheduler.scores.thread is not None or c.client_scores
+    start = partial(Learner, target, c.state, f"rank{scheduler.parallel_config.data_parallel_index}", not c.learn_inline, ranker=told)
     foresight: Switching[Request] = Switching(start, table, c.prefill_token)
     if c.state:
         foresight.learner = start()  # what it knows already is followed from the first request on

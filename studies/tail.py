@@ -20,7 +20,7 @@ from pars_nb.advise import scores_with_tau
 from pars_nb.calibrate import load_engine
 from pars_nb.lane import Express
 from pars_nb.latency import summarise
-from pars_nb.policy import FCFS, PARS, SJF, Scale
+from pars_nb.policy import FCFS, PARS, Policy, SJF, Scale
 from pars_nb.simulate import Requests, capacity, simulate
 from pars_nb.tail import Tail
 
@@ -245,8 +245,9 @@ def harm(folder: Folder, engine: EngineFile, trace: str = "trace_azure2023_conv.
                 r = drawn(lengths, tau, requests, seed, gaps, max_tokens)
                 wrong = np.random.default_rng(seed).random(requests) if kind == "useless" else -r.output.astype(float)
                 r = r._replace(arrival=r.arrival / (float(what) * rate), score=wrong)
-                for queue, rest in {"FCFS": [dict(policy="fcfs")], "guard": [{}, tail], "no guard": [dict(min_tau=0.0), tail],
-                                    "no guard, all go ahead": [dict(min_tau=0.0, policy="sjf")]}.items():
+                queues: dict[str, list[Any]] = {"FCFS": [dict(policy="fcfs")], "guard": [{}, tail], "no guard": [dict(min_tau=0.0), tail],
+                                                "no guard, all go ahead": [dict(min_tau=0.0, policy="sjf")]}
+                for queue, rest in queues.items():
                     late = sorted(in_vllm(e, r, *rest), key=lambda o: o.arrival)[requests // 2:]
                     rows.append(dict(scores=kind, what=what, seed=seed, queue=queue, **summarise(late)))
     d = pd.DataFrame(rows).set_index(["scores", "what", "seed", "queue"])
@@ -266,7 +267,7 @@ def speed(folder: Folder, engine: EngineFile, trace: str = "trace_azure2023_conv
     r = drawn(lengths, tau, n, 0, gaps)
     r = r._replace(arrival=r.arrival / (load * capacity(drawn(lengths, tau, 2000, 0), e)))
     scale = np.quantile(r.score, np.linspace(0, 1, 201)).tolist()
-    policies = {"FCFS": FCFS(), "PARS": PARS(Scale(scale, window=0), 60.0, express=0.4), "tail": Tail(Scale(scale, window=0), 1.1, express=0.4)}
+    policies: dict[str, Policy] = {"FCFS": FCFS(), "PARS": PARS(Scale(scale, window=0), 60.0, express=0.4), "tail": Tail(Scale(scale, window=0), 1.1, express=0.4)}
     few = r._replace(**{k: getattr(r, k)[:1000] for k in ("arrival", "prompt", "output", "score")})
     for policy in policies.values():
         simulate(few, e, policy)  # compiled
