@@ -61,7 +61,7 @@ class BenchSettings(BaseModel, extra="forbid"):
     loads: list[float] = [0.9]  # ρ of the Poisson streams, as a fraction of the burst's request throughput
     burst: bool = True
     max_tokens: int = Field(2048, ge=1)
-    tail: float = Field(1.05, ge=0)  # PARS' knobs, see `scheduler.PARSConfig`
+    tail: float = Field(1.1, ge=0)  # PARS' knobs, see `scheduler.PARSConfig`
     lane: float = Field(0.05, ge=0, le=1)
     max_overtake_s: float = Field(60.0, ge=0)
 

@@ -6,14 +6,14 @@
 __all__ = ['Served', 'latencies', 'summarise']
 
 # %% ../nbs/30_latency.ipynb #3be51c50
-import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 
 from .errors import DataError, extra
 
-with extra("sim"):
+if TYPE_CHECKING:
     import pandas as pd
 
 # %% ../nbs/30_latency.ipynb #41a2def0
@@ -27,10 +27,12 @@ class Served(BaseModel, frozen=True):
     score: float | None = None  # the ranker's, where there was one
 
 
-def latencies(served: Sequence[Served]) -> pd.DataFrame:
+def latencies(served: Sequence[Served]) -> "pd.DataFrame":
     "TTFT, TPOT, NTPOT, E2EL in ms, a row per request. TPOT is NaN for answers of one token."
     if not served:
         raise DataError("no finished requests to measure")
+    with extra("sim"):
+        import pandas as pd
     t = pd.DataFrame([s.model_dump() for s in served])
     e2el, rest = (t["last"] - t.arrival) * 1e3, t.output_tokens - 1
     return pd.DataFrame(dict(ttft=(t["first"] - t.arrival) * 1e3, tpot=(t["last"] - t["first"]) * 1e3 / rest.where(rest > 0),
@@ -45,8 +47,7 @@ def summarise(served: Sequence[Served]) -> dict[str, float]:
     r = dict(duration=span, completed=len(served), total_input_tokens=in_tokens, total_output_tokens=out_tokens,
              request_throughput=len(served) / span, output_throughput=out_tokens / span)
     for name in d:
-        x = d[name].dropna()
-        x = x if len(x) else pd.Series([math.nan])
+        x = d[name].dropna() if d[name].notna().any() else d[name]
         stats = dict(mean=x.mean(), median=x.median(), std=x.std(ddof=0), p50=x.median(), p90=x.quantile(0.9),
                      p99=x.quantile(0.99), max=x.max())
         r |= {f"{k}_{name}_ms": float(v) for k, v in stats.items()}

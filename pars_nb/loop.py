@@ -271,7 +271,7 @@ def bench(
     load: Annotated[list[float], typer.Option(help="ρ of the Poisson streams; may be given several times.")] = [0.9],  # noqa: B006
     max_num_seqs: int = 16,
     max_tokens: Annotated[int, typer.Option(help="Cut longer recorded lengths to this.")] = 2048,
-    tail: Tail = 1.05,
+    tail: Tail = 1.1,
     lane: Lane = 0.05,
     max_overtake_s: MostOvertaken = 60.0,
 ) -> None:
@@ -347,7 +347,7 @@ def serve(
     ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="What `vllm serve` takes: a hub name or a folder.")],
     ranker: Annotated[Path | None, typer.Option(help="Folder that `pars train` wrote.")] = None,
-    tail: Tail = 1.05,
+    tail: Tail = 1.1,
     lane: Lane = 0.05,
     max_overtake_s: MostOvertaken = 60.0,
     state: Annotated[Path | None, typer.Option(help="Folder in which what is learned is kept, and read at the start.")] = None,

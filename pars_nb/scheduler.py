@@ -44,8 +44,9 @@ class PARSConfig(BaseModel, extra="forbid", populate_by_name=True):
     "What `--additional-config '{\"pars\": {…}}'` may hold."
     ranker: str | None = None  # a folder that `pars train` wrote, or the URL of a `pars score-server`; None: no scores, hence FCFS
     policy: Literal["pars", "fcfs", "sjf", "threshold", "hrrn"] = "pars"
-    tail: float = Field(1.05, ge=0)  # pars: how long a request may wait, in what FCFS makes requests wait now; 0: FCFS and the lane
+    tail: float = Field(1.1, ge=0)  # pars: how long a request may wait, in what FCFS makes requests wait now; 0: FCFS and the lane
     lane: float = Field(0.05, ge=0, le=1, validation_alias=AliasChoices("lane", "express_share"))  # share of the work that always goes ahead
+    together_s: float = Field(0.5, ge=0, allow_inf_nan=False)  # pars: what came within so many seconds of each other came together
     max_overtake_s: float = Field(60.0, ge=0, allow_inf_nan=False)  # none is passed by one that came later than this; 0: FCFS
     mode: Literal["on", "shadow"] = "on"  # shadow: serve FCFS, but score and measure
     min_tau: float = Field(0.15, ge=0, lt=1)  # under this rolling τ_b the order is followed less, under half of it not at all; 0: no guard
@@ -80,7 +81,8 @@ def make_policy(cfg: PARSConfig, scale: Scale, cost: Cost = by_score, express: E
     others: dict[str, Policy] = dict(sjf=SJF(cost), threshold=Threshold(cfg.max_overtake_s, cost), hrrn=HRRN(cost))
     if followed and cfg.policy in others:
         return others[cfg.policy]
-    return Tail(scale, followed * cfg.tail, cost, followed * express.quantile * (cfg.lane > 0), express.work, cfg.max_overtake_s)
+    return Tail(scale, followed * cfg.tail, cost, followed * express.quantile * (cfg.lane > 0), express.work, cfg.max_overtake_s,
+                cfg.together_s)
 
 
 def client_score(request: Request) -> float | None:

@@ -114,9 +114,10 @@ class Tail:
     express: float = 0.0  # costs below this quantile always go first; 0: none
     work: Callable[[float], float] = one  # real work at a quantile of the predicted order, in means of all
     max_overtake_s: float = math.inf  # a hard bound: none is passed by one that came later than this
+    together_s: float = 0.0  # what came within so many seconds came together: it is near, and not late
 
     def __post_init__(self) -> None:
-        for name, most in (("tail", math.inf), ("express", 1.0), ("max_overtake_s", math.inf)):
+        for name, most in (("tail", math.inf), ("express", 1.0), ("max_overtake_s", math.inf), ("together_s", math.inf)):
             if not 0 <= getattr(self, name) <= most:
                 raise ValueError(f"{name} must be a number from 0 to {most:g}, not {getattr(self, name)}")
 
@@ -136,11 +137,14 @@ class Tail:
 
     def late(self, t: Ticket, now: float, since: float) -> bool:  # since: the arrival of the shadow's head
         "Has it waited so long that it goes before all outside the lane?"
-        return not self.tail or now - t.arrival > self.tail * (now - since)
+        if not self.tail:
+            return True
+        return now - t.arrival > self.tail * (now - since) and (self.tail < 1 or since - t.arrival >= self.together_s)
 
     def limit(self, now: float, since: float) -> float:
         "What came until then is near."
-        return since + min(1.0, self.tail - 1) * (now - since)
+        allowed = min(1.0, self.tail - 1) * (now - since)
+        return since + (allowed if self.tail < 1 else max(allowed, self.together_s))
 
     def budget(self, waiting: int) -> float:  # work
         "How much that is not near may be ahead."

@@ -267,7 +267,8 @@ def speed(folder: Folder, engine: EngineFile, trace: str = "trace_azure2023_conv
     r = drawn(lengths, tau, n, 0, gaps)
     r = r._replace(arrival=r.arrival / (load * capacity(drawn(lengths, tau, 2000, 0), e)))
     scale = np.quantile(r.score, np.linspace(0, 1, 201)).tolist()
-    policies: dict[str, Policy] = {"FCFS": FCFS(), "PARS": PARS(Scale(scale, window=0), 60.0, express=0.4), "tail": Tail(Scale(scale, window=0), 1.1, express=0.4)}
+    policies: dict[str, Policy] = {"FCFS": FCFS(), "PARS": PARS(Scale(scale, window=0), 60.0, express=0.4),
+                                    "tail": Tail(Scale(scale, window=0), 1.1, express=0.4)}
     few = r._replace(**{k: getattr(r, k)[:1000] for k in ("arrival", "prompt", "output", "score")})
     for policy in policies.values():
         simulate(few, e, policy)  # compiled
