@@ -21,7 +21,7 @@ setup(
     license=ini["license"],
     keywords=ini["keywords"].split(),
     packages=[ini["lib_name"]],
-    package_data={ini["lib_name"]: ["py.typed", "tiny_llm/*"]},
+    package_data={ini["lib_name"]: ["py.typed", "tiny_llm/*", "universal/*"]},
     python_requires=f">={ini['min_python']}",
     install_requires=lines("requirements"),
     extras_require=extras,

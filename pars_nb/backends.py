@@ -25,7 +25,7 @@ from .errors import RankerError
 from .moved import forwards
 from .order import tau_b
 from .ranker import Ranker, load_ranker, to_scores
-from .student import load_student
+from .student import load_student, named
 
 # %% ../nbs/11_backends.ipynb #395f0827
 FILES = {"onnx": "model.onnx", "onnx-int8": "model_int8.onnx", "openvino": "model.xml", "openvino-int8": "model_int8.xml"}
@@ -173,14 +173,14 @@ class RemoteRanker:
 
 # %% ../nbs/11_backends.ipynb #2f8a45a2
 def open_ranker(
-    name: str | Path,  # a ranker's or student's folder, or the URL of a `pars score-server`
+    name: str | Path,  # a ranker's or student's folder, `universal`, or the URL of a `pars score-server`
     backend: str = "auto",  # torch, onnx, onnx-int8, openvino, openvino-int8; auto: the fastest whose order agrees
     threads: int = 1,  # cores that an exported graph may take
 ) -> Any:  # a `Ranker`, `Student` or `RemoteRanker`: has `score`, `meta` and `backend`
     "Whatever gives scores under this name. Raises `RankerError`."
     if str(name).startswith(("http://", "https://")):
         return RemoteRanker(str(name))
-    folder = Path(name)
+    folder = named(name)
     if (folder / "student.safetensors").is_file():
         return load_student(folder)  # it has one form only
     if backend == "auto":

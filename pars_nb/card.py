@@ -124,5 +124,5 @@ def load_meta(folder: str | Path) -> RankerMeta:
         raise RankerError(f"no ranker in {folder}: pars.json is missing; `pars train --out {folder}` makes one")
     try:
         return RankerMeta(**json.loads(path.read_text()))
-    except (ValidationError, ValueError) as e:
+    except (ValidationError, ValueError, TypeError) as e:
         raise RankerError(f"the ranker in {folder} is damaged: {first_line(e)}; train it or copy it again") from e

@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../nbs/47_cli.ipynb #4a1fb625
+import pars_nb.fleet_commands
 import pars_nb.loop
 import pars_nb.tools  # noqa: F401
 from .console import app  # noqa: F401

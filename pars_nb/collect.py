@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['OURS', 'Prompt', 'RETRY', 'LONGEST_WAIT_S', 'Ask', 'web_address', 'read_prompts', 'sample_prompts', 'Journal',
            'Manner', 'body_of', 'find_out', 'api_url', 'Refused', 'error_text', 'tokens_of', 'read_answer',
-           'read_stream', 'Unreachable', 'Endpoint', 'retry_after', 'unpack', 'Caller', 'Patience', 'Collected',
-           'collect']
+           'read_stream', 'Unreachable', 'Endpoint', 'retry_after', 'unpack', 'Caller', 'until_answered', 'Patience',
+           'Collected', 'collect']
 
 # %% ../nbs/03_collect.ipynb #a8b1b779
 import asyncio
 import contextlib
 import email.utils
 import fcntl
+import functools
 import json
 import os
 import random
@@ -23,7 +24,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, BinaryIO, Literal, TypeAlias
 
 import httpx
 from pydantic import BaseModel, Field, field_validator, model_validator
@@ -35,7 +36,7 @@ from .moved import forwards
 from .records import Ids, Request, as_request, ending, prompt_id, read_request
 
 # %% ../nbs/03_collect.ipynb #d6cdaa8a
-OURS = {"model", "messages", "prompt", "n", "best_of", "echo", "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed"}
+OURS = set("model messages prompt n best_of echo stream stream_options max_tokens max_completion_tokens temperature top_p seed".split())
 
 
 class Ask(BaseModel, extra="forbid"):
@@ -67,7 +68,7 @@ class Ask(BaseModel, extra="forbid"):
             raise ValueError("system needs the chat API; the completions API has no roles")
         return self
 
-
+# %% ../nbs/03_collect.ipynb #d9a2f339
 def web_address(url: str) -> str:
     "The address, stripped. Raises ValueError where it has no http:// or no host."
     url = url.strip()
@@ -79,12 +80,15 @@ def web_address(url: str) -> str:
         raise ValueError(f"{url!r} has no http:// or https:// in front; write http://{url.split('://')[-1]}")
     return url
 
-# %% ../nbs/03_collect.ipynb #d9a2f339
+# %% ../nbs/03_collect.ipynb #d5c443ce
 Prompt: TypeAlias = str | list[dict[str, Any]]
 
 
 def read_prompts(path: str | Path) -> dict[str, Prompt]:  # prompt_id → a text, or a chat as a list of turns
-    "Prompts of a .txt (one a line), .csv, .jsonl, .json or .parquet (`prompt`, `messages` or `conversations`, maybe `prompt_id`), duplicates once. Raises `DataError`."
+    """Prompts of a file, duplicates once. Raises `DataError`.
+
+    A .txt holds one a line; .csv, .jsonl, .json and .parquet have `prompt`, `messages` or `conversations`, and maybe `prompt_id`.
+    """
     table, ids = load(path), Ids()
     found: dict[str, Prompt] = {}
     for row in table.rows:
@@ -103,7 +107,7 @@ def read_prompts(path: str | Path) -> dict[str, Prompt]:  # prompt_id → a text
         raise DataError(f"{table.name}: no prompts in it")
     return found
 
-
+# %% ../nbs/03_collect.ipynb #e74d9eec
 def sample_prompts(prompts: Mapping[str, Prompt], n: int, seed: int = 0) -> dict[str, Prompt]:
     "`n` of the prompts, one by chance from each of `n` equal strata of prompt length, in the order of the file."
     if n >= len(prompts):
@@ -120,73 +124,38 @@ def sample_prompts(prompts: Mapping[str, Prompt], n: int, seed: int = 0) -> dict
 def _size(prompt: Any) -> int:
     return len(prompt) if isinstance(prompt, str) else len(json.dumps(prompt))
 
-# %% ../nbs/03_collect.ipynb #26b25294
+# %% ../nbs/03_collect.ipynb #d4404286
 class Journal:
     "An append-only `lengths.jsonl`, locked for one writer; `done` holds the (prompt_id, run) it has, `keys` what each id asked."
 
     def __init__(self, folder: str | Path, ask: Ask) -> None:
         self.folder = Path(folder)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.folder / "lengths.jsonl", "a+b")
-        except OSError as e:
-            raise CollectError(f"can't write to {self.folder} ({e.strerror}); choose another --out") from e
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            self.file.close()
-            raise CollectError(f"another collector is writing to {self.folder}; wait for it or choose another --out") from e
+        self.file = _locked(self.folder)
         self.done: set[tuple[str, int]] = set()
         self.keys: dict[str, str] = {}
         try:
-            self._recover()
-            self.manners = self._same(ask)
+            _recover(self.file, self._note)
+            self.ask, self.found_out = ask, _same_settings(self.folder, ask)
+            self.remember(self.found_out)
         except BaseException:
             self.file.close()
             raise
 
-    def _same(self, ask: Ask) -> dict[str, Any]:
-        path, now = self.folder / "collect.json", ask.model_dump(exclude={"base_url", "runs", "stream"})
-        then = parse_json(path.read_text(encoding="utf-8", errors="replace"), path) if path.exists() else {}
-        defaults = {k: f.get_default(call_default_factory=True) for k, f in Ask.model_fields.items()}
-        if then and (differs := {k: (then.get(k, defaults[k]), v) for k, v in now.items() if then.get(k, defaults[k]) != v}):
-            raise CollectError(f"{self.folder} was collected with other settings: "
-                               + ", ".join(f"{k} {a!r}, now {b!r}" for k, (a, b) in differs.items()) + "; choose another --out")
-        self.ask = ask
-        return dict(then.get("found_out") or {})
-
     def remember(self, manners: dict[str, Any]) -> None:
         "Write `collect.json`: how it was asked, and what was found out about the endpoints."
         text = json.dumps(self.ask.model_dump() | dict(found_out=manners), indent=1) + "\n"
-        (self.folder / "collect.json").write_text(text, encoding="utf-8")
-
-    def _recover(self) -> None:
-        self.file.seek(0)
-        end = 0
-        for i, line in enumerate(self.file, 1):
-            try:
-                self._note(json.loads(line))
-            except (ValueError, KeyError, TypeError, RecursionError) as e:
-                if not line.endswith(b"\n"):
-                    break  # torn by a crash
-                if line.strip():
-                    raise CollectError(f"{self.folder / 'lengths.jsonl'}: line {i} was not written by a collector; choose another --out") from e
-            end += len(line)
-            if not line.endswith(b"\n"):
-                self.file.write(b"\n")
-                return
-        self.file.truncate(end)
+        (self.folder / "collect.part").write_text(text, encoding="utf-8")
+        os.replace(self.folder / "collect.part", self.folder / "collect.json")
 
     def _note(self, row: dict[str, Any]) -> None:
         self.done.add((row["prompt_id"], row["run"]))
-        if "prompt" in row:
-            self.keys[row["prompt_id"]] = as_request(row.get("messages") or row["prompt"]).key
+        self.keys[row["prompt_id"]] = as_request(row.get("messages") or row["prompt"]).key if "prompt" in row else ""
 
     def check(self, requests: Mapping[str, Request]) -> None:
         "Raises `CollectError` for an id that stood for another text when the folder was collected."
         for i, r in requests.items():
-            if self.keys.get(i, r.key) != r.key:
-                raise CollectError(f"prompt_id {i!r} stands for another text in {self.folder}; give the prompt another id, or choose another --out")
+            if self.keys.get(i) not in (None, "", r.key):
+                raise CollectError(f"prompt_id {i!r} stands for another text in {self.folder}; give it another id, or choose another --out")
 
     def append(self, row: dict[str, Any]) -> None:
         "One answer, on disk when this returns. Raises `CollectError` where the disk takes no more."
@@ -195,14 +164,61 @@ class Journal:
             self.file.flush()
             os.fsync(self.file.fileno())
         except OSError as e:
-            raise CollectError(f"can't write to {self.folder} ({e.strerror}); {len(self.done)} answers are safe there: mend it and run the same command again") from e
+            raise CollectError(f"can't write to {self.folder} ({e.strerror}); {len(self.done)} answers are safe: mend it, go on") from e
         self._note(row)
 
     def close(self) -> None:
         "Let others write."
         self.file.close()
 
-# %% ../nbs/03_collect.ipynb #695a7169
+# %% ../nbs/03_collect.ipynb #7d2f1eac
+def _same_settings(folder: Path, ask: Ask) -> dict[str, Any]:
+    "What `collect.json` knows about the endpoints. Raises `CollectError` where it was asked otherwise."
+    path, now = folder / "collect.json", ask.model_dump(exclude={"base_url", "runs", "stream"})
+    then = parse_json(path.read_text(encoding="utf-8", errors="replace"), path) if path.exists() else {}
+    if not isinstance(then, dict):
+        raise CollectError(f"{path} was not written by a collector; choose another --out")
+    defaults = {k: f.get_default(call_default_factory=True) for k, f in Ask.model_fields.items()}
+    before = {k: then.get(k, defaults[k]) if then else v for k, v in now.items()}
+    if differs := [f"{k} {before[k]!r}, now {v!r}" for k, v in now.items() if before[k] != v]:
+        raise CollectError(f"{folder} was collected with other settings: {', '.join(differs)}; choose another --out")
+    return dict(then.get("found_out") or {})
+
+
+def _locked(folder: Path) -> BinaryIO:
+    "The journal's file, open for one writer. Raises `CollectError`."
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / "lengths.jsonl", "a+b")
+    except OSError as e:
+        raise CollectError(f"can't write to {folder} ({e.strerror}); choose another --out") from e
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        file.close()
+        raise CollectError(f"another collector is writing to {folder}; wait for it or choose another --out") from e
+    return file
+
+# %% ../nbs/03_collect.ipynb #34cef2e6
+def _recover(file: BinaryIO, note: Callable[[dict[str, Any]], None]) -> None:
+    "Read the journal, note its answers and cut off a line that a crash has torn. Raises `CollectError` for a foreign file."
+    file.seek(0)
+    end = 0
+    for i, line in enumerate(file, 1):
+        try:
+            note(json.loads(line))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+            if not line.endswith(b"\n"):
+                break
+            if line.strip():
+                raise CollectError(f"{file.name}: line {i} was not written by a collector; choose another --out") from e
+        end += len(line)
+        if not line.endswith(b"\n"):
+            file.write(b"\n")
+            return
+    file.truncate(end)
+
+# %% ../nbs/03_collect.ipynb #6feb82d6
 @dataclass(frozen=True)
 class Manner:
     "What was found out about an endpoint."
@@ -222,13 +238,18 @@ def body_of(ask: Ask, request: Request, run: int, manner: Manner) -> bytes:
         chat = request.chat
         own = any(m["role"] in ("system", "developer") for m in chat)
         body["messages"] = chat if own or ask.system is None else [dict(role="system", content=ask.system), *chat]
-    given = {"temperature": ask.temperature, "top_p": ask.top_p, manner.limit: ask.max_tokens, "seed": None if ask.seed is None else ask.seed + run}
+    given = {
+        "temperature": ask.temperature,
+        "top_p": ask.top_p,
+        manner.limit: ask.max_tokens,
+        "seed": None if ask.seed is None else ask.seed + run,
+    }
     body |= {k: v for k, v in given.items() if v is not None}
     if manner.stream:
         body |= dict(stream=True) | (dict(stream_options=dict(include_usage=True)) if manner.stream_usage else {})
     return json.dumps(body, ensure_ascii=False).encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
-
+# %% ../nbs/03_collect.ipynb #f39db913
 def find_out(manner: Manner, reason: str) -> Manner:
     "What a refusal tells about the endpoint; the same manner where it tells nothing."
     text = reason.lower()
@@ -247,7 +268,7 @@ def api_url(base_url: str, api: str) -> str:
     path = url.path.rstrip("/")
     return str(url.copy_with(path=path if path.endswith(tail) else path + tail))
 
-# %% ../nbs/03_collect.ipynb #6feb82d6
+# %% ../nbs/03_collect.ipynb #5013d570
 class Refused(Exception):
     "No usable answer, and why."
 
@@ -265,15 +286,14 @@ def error_text(data: Any) -> str | None:
     "The message of an error in an answer's JSON, in any of the usual shapes; None where there is none."
     if not isinstance(data, dict):
         return None
-    error = data.get("error") or (data.get("errors") if not data.get("choices") else None) or (data.get("detail") if "choices" not in data else None)
-    if not error and data.get("object") == "error":
-        error = data
+    names = ["error"] if data.get("choices") else ["error", "errors", "detail"]
+    error = next((data[k] for k in names if data.get(k)), data if data.get("object") == "error" else None)
     if isinstance(error, dict):
-        raw = error.get("metadata", {}).get("raw") if isinstance(error.get("metadata"), dict) else None
-        error = " ".join(str(o) for o in (error.get("message") or error, error.get("code") if error.get("code") != error.get("message") else None, raw) if o)
+        raw = error["metadata"].get("raw") if isinstance(error.get("metadata"), dict) else None  # what a router's provider said
+        error = " ".join(str(o) for o in (error.get("message") or error, error.get("code"), raw) if o)
     return str(error)[:500] if error else None
 
-
+# %% ../nbs/03_collect.ipynb #44653a0c
 def tokens_of(usage: Any) -> tuple[int, int | None]:  # tokens decoded, tokens of the prompt
     "Lengths from `usage`, with reasoning that is counted beside. Raises `Refused`."
     if not isinstance(usage, dict):
@@ -291,14 +311,16 @@ def tokens_of(usage: Any) -> tuple[int, int | None]:  # tokens decoded, tokens o
         return None
 
     prompt = next((n for n in (known("prompt_tokens"), known("input_tokens")) if n is not None), None)
-    reasoning = max((known(*p) or 0 for p in (("completion_tokens_details", "reasoning_tokens"), ("output_tokens_details", "reasoning_tokens"), ("reasoning_tokens",))))
-    cached = sum(known(*p) or 0 for p in (("prompt_tokens_details", "cached_tokens"), ("cache_read_input_tokens",), ("cache_creation_input_tokens",)))
+    details = [("completion_tokens_details", "reasoning_tokens"), ("output_tokens_details", "reasoning_tokens"), ("reasoning_tokens",)]
+    reasoning = max(known(*p) or 0 for p in details)
+    kept = [("prompt_tokens_details", "cached_tokens"), ("cache_read_input_tokens",), ("cache_creation_input_tokens",)]
+    cached = sum(known(*p) or 0 for p in kept)
     beside = (known("total_tokens") or 0) - (prompt or 0) - done
     if prompt is not None and beside > 0 and (reasoning or beside > cached):
         return done + beside, prompt
     return done + (reasoning if reasoning > done else 0), prompt
 
-# %% ../nbs/03_collect.ipynb #f39db913
+# %% ../nbs/03_collect.ipynb #9c5ce82e
 def read_answer(data: Any, max_tokens: int | None = None) -> dict[str, Any]:
     "The facts of an answer (chat or completions). Raises `Refused` for anything else."
     if reason := error_text(data):
@@ -307,7 +329,11 @@ def read_answer(data: Any, max_tokens: int | None = None) -> dict[str, Any]:
     if not isinstance(choices, list) or not all(isinstance(c, dict) for c in choices):
         raise Refused("the endpoint sent JSON that is no answer (no `choices`)")
     if len(choices) != 1:
-        raise Refused("the answer is empty (no choice in it); was the prompt filtered?" if not choices else f"{len(choices)} answers came instead of one")
+        raise Refused(
+            "the answer is empty (no choice in it); was the prompt filtered?"
+            if not choices
+            else f"{len(choices)} answers came instead of one"
+        )
     message = choices[0].get("message") if "message" in choices[0] else dict(content=choices[0].get("text"))
     if not isinstance(message, dict):
         raise Refused("the answer has no message")
@@ -318,10 +344,16 @@ def read_answer(data: Any, max_tokens: int | None = None) -> dict[str, Any]:
     said = any(message.get(k) for k in ("content", "tool_calls", "function_call", "reasoning_content", "reasoning", "refusal"))
     if length == 0 and (said or end == "cut"):
         raise Refused("usage counts 0 tokens for an answer that is not empty" if said else f"the answer is empty and ended by {reason!r}")
-    return dict(response_tokens=max(1, length), prompt_tokens=prompt, finish_reason=str(reason), token_source="usage",
-                capped=end == "cut" or (max_tokens is not None and length >= max_tokens), answered_by=data.get("model"))
+    return dict(
+        response_tokens=max(1, length),
+        prompt_tokens=prompt,
+        finish_reason=str(reason),
+        token_source="usage",
+        capped=end == "cut" or (max_tokens is not None and length >= max_tokens),
+        answered_by=data.get("model"),
+    )
 
-
+# %% ../nbs/03_collect.ipynb #40396e6d
 def read_stream(text: str) -> dict[str, Any]:
     "The chunks of a stream (server-sent events) as one answer. Raises `Refused` for a chunk that is an error or no JSON."
     got: dict[str, Any] = dict(choices=[], usage=None)
@@ -352,7 +384,7 @@ def _add_chunk(got: dict[str, Any], chunk: dict[str, Any]) -> None:
         whole["message"]["content"] = whole["message"]["content"] or ("said" if said else "")
         whole["finish_reason"] = c.get("finish_reason") or whole["finish_reason"]
 
-# %% ../nbs/03_collect.ipynb #5013d570
+# %% ../nbs/03_collect.ipynb #c454eb0b
 RETRY = {408, 409, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529}
 LONGEST_WAIT_S = 3600.0
 
@@ -381,16 +413,22 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
         return max(0.0, ((when if when.tzinfo else when.replace(tzinfo=UTC)) - datetime.now(UTC)).total_seconds())
     return None
 
-
+# %% ../nbs/03_collect.ipynb #94a03640
 def unpack(response: httpx.Response, max_tokens: int | None) -> dict[str, Any]:
     "An HTTP response as an answer's facts. Raises `Refused`."
     text = response.content.decode("utf-8", "replace").removeprefix("\ufeff").strip()
-    streamed = text.startswith(("data:", "event:", ": ", "id:")) or "event-stream" in response.headers.get("content-type", "")
+    streamed = text.startswith(("data:", "event:", ":", "id:")) or "event-stream" in response.headers.get("content-type", "")
     try:
         data = None if streamed and response.is_success else json.loads(text)
     except (ValueError, RecursionError):
         if response.is_success:
-            what = "HTML" if text[:200].lower().lstrip().startswith(("<!doctype", "<html")) else "something that is not JSON" if text else "nothing"
+            what = (
+                "HTML"
+                if text[:200].lower().lstrip().startswith(("<!doctype", "<html"))
+                else "something that is not JSON"
+                if text
+                else "nothing"
+            )
             raise Refused(f"the endpoint answered with {what}; is the base URL right?", retry=not text) from None
         data = None
     if response.is_success:
@@ -400,9 +438,14 @@ def unpack(response: httpx.Response, max_tokens: int | None) -> dict[str, Any]:
     reason = error_text(data) or (str(data)[:300] if data else text[:200]) or response.reason_phrase
     status = response.status_code
     hopeless = status == 429 and re.search(r"insufficient_quota|billing|credit balance|exceeded your current quota", reason)
-    raise Refused(f"HTTP {status}: {reason}", status, status in RETRY and not hopeless, retry_after(response.headers) if status in (429, 503) else None)
+    raise Refused(
+        f"HTTP {status}: {reason}",
+        status,
+        status in RETRY and not hopeless,
+        retry_after(response.headers) if status in (429, 503) else None,
+    )
 
-# %% ../nbs/03_collect.ipynb #44653a0c
+# %% ../nbs/03_collect.ipynb #d43291a8
 class Caller:
     "Asks one endpoint until there is an answer or a reason."
 
@@ -411,17 +454,20 @@ class Caller:
         key = api_key.strip()
         if not key.isascii() or any(c.isspace() for c in key):
             raise CollectError("the API key holds characters that no key has; check OPENAI_API_KEY or --api-key")
-        self.headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}", "api-key": key} if key not in ("", "-") else {})
+        self.headers = {"content-type": "application/json"} | (
+            {"authorization": f"Bearer {key}", "api-key": key} if key not in ("", "-") else {}
+        )
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=connections)
         self.client = httpx.AsyncClient(timeout=httpx.Timeout(None, connect=min(30.0, timeout)), limits=limits)
 
     async def once(self, endpoint: Endpoint, request: Request, run: int) -> dict[str, Any]:
         "One try. Raises `Refused` or `Unreachable`."
-        headers = self.headers if "azure" in endpoint.base_url or "api-version" in endpoint.base_url else {k: v for k, v in self.headers.items() if k != "api-key"}
+        headers = {k: v for k, v in self.headers.items() if k != "api-key" or re.search("azure|api-version", endpoint.base_url)}
         try:
             async with asyncio.timeout(self.timeout):
-                response = await self.client.post(api_url(endpoint.base_url, self.ask.api), headers=headers,
-                                                  content=body_of(self.ask, request, run, endpoint.manner))
+                response = await self.client.post(
+                    api_url(endpoint.base_url, self.ask.api), headers=headers, content=body_of(self.ask, request, run, endpoint.manner)
+                )
         except TimeoutError as e:
             raise Refused(f"no answer within {self.timeout:g} s (--timeout)", 0) from e
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError, httpx.UnsupportedProtocol) as e:
@@ -430,37 +476,42 @@ class Caller:
             raise Refused(f"the connection broke ({type(e).__name__}: {first_line(e)})", 0, retry=True) from e
         return unpack(response, self.ask.max_tokens)
 
-    async def until_answered(self, endpoint: Endpoint, request: Request, run: int) -> dict[str, Any]:
-        "Tries, with pauses. Raises `Refused` or `Unreachable`."
-        tries, asked_to_wait = 0, 0.0
-        while True:
-            await asyncio.sleep(max(0.0, endpoint.not_before - time.monotonic()))
-            manner = endpoint.manner
-            try:
-                return await self.once(endpoint, request, run)
-            except (Refused, Unreachable) as e:
-                if isinstance(e, Refused) and self._found_out(endpoint, manner, e):
-                    continue
-                after = e.after if isinstance(e, Refused) else None
-                if isinstance(e, Refused) and (not e.retry or (after or 0) > LONGEST_WAIT_S):
-                    raise
-                if after is not None and asked_to_wait < LONGEST_WAIT_S:
-                    asked_to_wait += max(after, LONGEST_WAIT_S / 100)
-                    endpoint.not_before = max(endpoint.not_before, time.monotonic() + after)
-                    continue
-                if tries >= self.retries:
-                    raise
-                await asyncio.sleep(min(30.0, 0.5 * 2**tries) * random.uniform(0.75, 1.25))
-                tries += 1
+# %% ../nbs/03_collect.ipynb #626dd779
+async def until_answered(caller: Caller, endpoint: Endpoint, request: Request, run: int) -> dict[str, Any]:
+    "Tries, with pauses. Raises `Refused` or `Unreachable`."
+    tries, waited = 0, 0.0
+    while True:
+        await asyncio.sleep(max(0.0, endpoint.not_before - time.monotonic()))
+        manner = endpoint.manner
+        try:
+            return await caller.once(endpoint, request, run)
+        except Unreachable:
+            if tries >= caller.retries:
+                raise
+        except Refused as e:
+            if _found_out(endpoint, manner, e):
+                continue
+            if not e.retry or (e.after or 0) > LONGEST_WAIT_S:
+                raise
+            if e.after is not None and waited < LONGEST_WAIT_S:
+                waited += max(e.after, LONGEST_WAIT_S / 100)
+                endpoint.not_before = max(endpoint.not_before, time.monotonic() + e.after)
+                continue
+            if tries >= caller.retries:
+                raise
+        await asyncio.sleep(min(30.0, 0.5 * 2**tries) * random.uniform(0.75, 1.25))
+        tries += 1
 
-    def _found_out(self, endpoint: Endpoint, manner: Manner, e: Refused) -> bool:
-        if not 400 <= e.status < 500 and e.status != 200:
-            return False
-        if endpoint.manner == manner:
-            endpoint.manner = find_out(manner, e.reason)
-        return endpoint.manner != manner
+# %% ../nbs/03_collect.ipynb #542ed783
+def _found_out(endpoint: Endpoint, manner: Manner, e: Refused) -> bool:
+    "Whether the refusal taught how to ask this endpoint (or another request has learnt it meanwhile)."
+    if not 400 <= e.status < 500 and e.status != 200:
+        return False
+    if endpoint.manner == manner:
+        endpoint.manner = find_out(manner, e.reason)
+    return endpoint.manner != manner
 
-# %% ../nbs/03_collect.ipynb #40396e6d
+# %% ../nbs/03_collect.ipynb #6c2d20a4
 class Patience:
     "Notes what comes back; `lost` is the reason to stop, or None."
 
@@ -482,7 +533,7 @@ class Patience:
             return general and self.alike >= 30
         return self.alike >= 10 and (self.canary_kind == e.kind or self.alike >= 100)
 
-
+# %% ../nbs/03_collect.ipynb #5be8dc91
 @dataclass
 class Collected:
     "What a call of `collect` did."
@@ -500,49 +551,29 @@ class Collected:
         "What the answers of this call cost."
         return (price[0] * self.prompt_tokens + price[1] * self.response_tokens) / 1e6
 
-# %% ../nbs/03_collect.ipynb #3adf2e63
-class _Run:
-    "The state of one call of `collect`."
+    def so_far(self, price: tuple[float, float] | None = None) -> str:
+        "Tokens, cost and refusals in a few words."
+        cost, refused = f", cost {self.cost(price):.2f}" if price else "", f", {self.failed} refused" if self.failed else ""
+        return f"{self.response_tokens:,} tokens{cost}{refused}"
 
-    def __init__(self, journal: Journal, requests: dict[str, Request], ask: Ask, caller: Caller, urls: Sequence[str], price: tuple[float, float] | None) -> None:
-        self.journal, self.requests, self.ask, self.caller, self.price = journal, requests, ask, caller, price
-        self.pool = [Endpoint(u, Manner(**journal.manners.get(u, dict(stream=ask.stream)))) for u in dict.fromkeys(urls)]
-        todo = [(i, run) for run in range(ask.runs) for i in requests if (i, run) not in journal.done]
-        canary = min(todo, key=lambda o: (o[1], len(requests[o[0]].messages or requests[o[0]].prompt)), default=None)
-        self.todo = ([canary] if canary else []) + [o for o in todo if o != canary]
-        self.patience = Patience(canary)
+# %% ../nbs/03_collect.ipynb #1ac7dd42
+class _Tally:
+    "Notes what came back: answers in the journal, refusals in failed.jsonl, sums in `sum`."
+
+    def __init__(self, journal: Journal, requests: dict[str, Request], ask: Ask, todo: Sequence[tuple[str, int]]) -> None:
+        self.journal, self.requests, self.ask = journal, requests, ask
+        self.patience = Patience(todo[0] if todo else None)
         self.sum = Collected(0, ask.runs * len(requests) - len(todo), 0, journal.folder)
         self.failed = _Failures(journal.folder / "failed.jsonl", set(todo))
 
     def safe(self) -> str:
         return f"{len(self.journal.done)} answers are safe in {self.journal.folder}: run the same command again to go on"
 
-    def endpoint(self) -> Endpoint:
-        here = [e for e in self.pool if e.back_at <= time.monotonic()]
-        return min(here, key=lambda e: (e.busy, e.not_before)) if here else min(self.pool, key=lambda e: e.back_at)
-
-    async def one(self, item: tuple[str, int]) -> None:
-        "Ask one question and note what came of it. Raises `CollectError` when the run has to stop."
-        tried: dict[str, str] = {}
-        while len(tried) < len(self.pool):
-            e = self.endpoint()
-            e.busy += 1
-            try:
-                return self.answered(item, await self.caller.until_answered(e, self.requests[item[0]], item[1]))
-            except Refused as why:
-                return self.refused(item, why)
-            except Unreachable as why:
-                tried[e.base_url], e.back_at = str(why), time.monotonic() + 60
-            finally:
-                e.busy -= 1
-        raise CollectError(f"{' and '.join(f'{u} does not answer ({w})' for u, w in tried.items())}; {self.safe()}")
-
     def answered(self, item: tuple[str, int], row: dict[str, Any]) -> None:
         r, by = self.requests[item[0]], row.pop("answered_by")
         by = by if isinstance(by, str) and by else self.ask.model
-        chat = dict(messages=r.chat) if r.messages else {}
-        self.journal.append(dict(prompt_id=item[0], prompt=r.prompt) | chat | dict(model=self.ask.model, run=item[1]) | row
-                            | (dict(answered_by=by) if by != self.ask.model else {}))
+        asked: dict[str, Any] = dict(prompt_id=item[0], prompt=r.prompt) | (dict(messages=r.chat) if r.messages else {})
+        self.journal.append(asked | dict(model=self.ask.model, run=item[1]) | row | (dict(answered_by=by) if by != self.ask.model else {}))
         self.patience.answer()
         self.sum.asked += 1
         self.sum.capped += row["capped"]
@@ -556,13 +587,35 @@ class _Run:
         n, first = self.sum.reasons.get(e.kind, (0, e.reason))
         self.sum.reasons[e.kind] = (n + 1, first)
         if self.patience.refusal(item, e):
-            raise CollectError(f"{self.pool[0].base_url} refuses everything alike, {self.patience.alike} times in a row: {e.reason}; {self.safe()}")
+            alike = f"refuses everything alike, {self.patience.alike} times in a row: {e.reason}"
+            raise CollectError(f"{self.ask.base_url} {alike}; {self.safe()}")
 
-    def postfix(self) -> str:
-        s = f"{self.sum.response_tokens:,} tokens"
-        return s + (f", cost {self.sum.cost(self.price):.2f}" if self.price else "") + (f", {self.sum.failed} refused" if self.sum.failed else "")
+# %% ../nbs/03_collect.ipynb #6adfe9b0
+def _todo(requests: Mapping[str, Request], runs: int, done: set[tuple[str, int]]) -> list[tuple[str, int]]:  # (prompt_id, run)
+    "What is left to ask: run after run in the order of the prompts, but the shortest prompt first."
+    todo = [(i, run) for run in range(runs) for i in requests if (i, run) not in done]
+    shortest = min(todo, key=lambda o: (o[1], _size(requests[o[0]].messages or requests[o[0]].prompt)), default=None)
+    return [o for o in todo if o == shortest] + [o for o in todo if o != shortest]
 
 
+async def _ask_pool(pool: Sequence[Endpoint], caller: Caller, tally: _Tally, item: tuple[str, int]) -> None:
+    "Ask one question at one endpoint, or at the next where it can't be reached. Raises `CollectError` when the run has to stop."
+    tried: dict[str, str] = {}
+    while len(tried) < len(pool):
+        here = [e for e in pool if e.back_at <= time.monotonic()]
+        e = min(here, key=lambda e: (e.busy, e.not_before)) if here else min(pool, key=lambda e: e.back_at)
+        e.busy += 1
+        try:
+            return tally.answered(item, await until_answered(caller, e, tally.requests[item[0]], item[1]))
+        except Refused as why:
+            return tally.refused(item, why)
+        except Unreachable as why:
+            tried[e.base_url], e.back_at = str(why), time.monotonic() + 60
+        finally:
+            e.busy -= 1
+    raise CollectError(f"{' and '.join(f'{u} does not answer ({w})' for u, w in tried.items())}; {tally.safe()}")
+
+# %% ../nbs/03_collect.ipynb #3ff0a768
 class _Failures:
     "failed.jsonl: the questions that have no answer. Those asked again now leave it."
 
@@ -576,7 +629,7 @@ class _Failures:
         with open(self.path, "ab") as f:
             f.write(json_line(dict(prompt_id=item[0], run=item[1], status=e.status, error=e.reason[:500])))
 
-# %% ../nbs/03_collect.ipynb #c454eb0b
+# %% ../nbs/03_collect.ipynb #d3b4f31e
 async def collect(
     prompts: Mapping[str, Prompt],  # prompt_id → a text, or a chat as a list of turns
     out: str | Path,  # folder; one that holds answers is continued
@@ -594,37 +647,39 @@ async def collect(
         raise CollectError(f"--concurrency {concurrency}, --timeout {timeout:g}, --retries {retries}: at least 1, above 0, at least 0")
     requests = {str(i): as_request(p, f"prompt {i}") for i, p in prompts.items()}
     urls, journal = [ask.base_url, *map(web_address, endpoints)], Journal(out, ask)
-    caller = bar = None
     try:
         journal.check(requests)
         caller = Caller(ask, api_key, retries, timeout, concurrency)
-        run = _Run(journal, requests, ask, caller, urls, price)
-        bar = tqdm(total=ask.runs * len(requests), initial=run.sum.resumed, unit="answer", disable=not progress)
-        await _work(run, concurrency, bar)
-    finally:
-        if caller:
-            with contextlib.suppress(UnboundLocalError):
-                journal.remember({e.base_url: vars(e.manner) for e in run.pool})
+        pool = [Endpoint(u, Manner(**journal.found_out.get(u, dict(stream=ask.stream)))) for u in dict.fromkeys(urls)]
+        todo = _todo(requests, ask.runs, journal.done)
+        tally = _Tally(journal, requests, ask, todo)
+        try:
+            await _work(todo, functools.partial(_ask_pool, pool, caller, tally), concurrency, tally, progress, price)
+        finally:
+            journal.remember({e.base_url: vars(e.manner) for e in pool})
             await caller.client.aclose()
-        if bar is not None:
-            bar.close()
+    finally:
         journal.close()
-    if run.todo and run.sum.failed == len(run.todo):
-        why = next(iter(run.sum.reasons.values()))[1]
-        raise CollectError(f"{ask.base_url} refused all {run.sum.failed} requests, the first because: {why}; all reasons are in {run.failed.path}")
-    return run.sum
+    if todo and tally.sum.failed == len(todo):
+        why = next(iter(tally.sum.reasons.values()))[1]
+        raise CollectError(
+            f"{ask.base_url} refused all {len(todo)} requests, the first because: {why}; all reasons are in {tally.failed.path}"
+        )
+    return tally.sum
 
+# %% ../nbs/03_collect.ipynb #b4c84b46
+async def _work(todo: Sequence[tuple[str, int]], one: Callable[[tuple[str, int]], Awaitable[None]], concurrency: int, tally: _Tally,
+                progress: bool, price: tuple[float, float] | None) -> None:
+    "Workers that take questions from one list, and a bar with the rate, the time left, tokens and cost."
+    queue: Iterator[tuple[str, int]] = iter(todo)
+    with tqdm(total=tally.sum.resumed + len(todo), initial=tally.sum.resumed, unit="answer", disable=not progress) as bar:
+        async def worker() -> None:
+            for item in queue:
+                await one(item)
+                bar.update()
+                bar.set_postfix_str(tally.sum.so_far(price), refresh=False)
 
-async def _work(run: _Run, concurrency: int, bar: tqdm) -> None:
-    queue: Iterator[tuple[str, int]] = iter(run.todo)
-
-    async def worker() -> None:
-        for item in queue:
-            await run.one(item)
-            bar.update()
-            bar.set_postfix_str(run.postfix(), refresh=False)
-
-    await _all_or_first_error([worker for _ in range(min(concurrency, len(run.todo)))])
+        await _all_or_first_error([worker for _ in range(min(concurrency, len(todo)))])
 
 
 async def _all_or_first_error(workers: Sequence[Callable[[], Awaitable[None]]]) -> None:
@@ -636,5 +691,5 @@ async def _all_or_first_error(workers: Sequence[Callable[[], Awaitable[None]]]) 
             t.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-# %% ../nbs/03_collect.ipynb #94a03640
+# %% ../nbs/03_collect.ipynb #65f3d2d6
 __getattr__ = forwards("collect")  # names that stood here in 0.1

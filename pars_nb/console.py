@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
@@ -54,6 +55,10 @@ def clear_errors(f: Callable) -> Callable:
             f(*args, **kw)
         except (ParsError, FileNotFoundError) as e:
             console.print(f"[red]error:[/] {e}", soft_wrap=True, highlight=False)
+            raise typer.Exit(1) from e
+        except ValidationError as e:  # a flag's value that a setting does not allow
+            said = [f"--{str(o['loc'][0]).replace('_', '-')}: {o['msg']}" if o["loc"] else o["msg"] for o in e.errors()]
+            console.print(f"[red]error:[/] {'; '.join(said)}", soft_wrap=True, highlight=False)
             raise typer.Exit(1) from e
 
     return wrapped

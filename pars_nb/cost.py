@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
+from typing import Any
 
 # %% ../nbs/20_cost.ipynb #9dba3f50
 @dataclass(slots=True)
@@ -25,6 +26,8 @@ class Ticket:
     prefill: int = 0  # prompt tokens that no cache holds
     front: int = 0  # below 0: put back at the front of its class
     key: float | None = None  # the policy's, made once
+    at: float | None = None  # quantile of its cost among those seen lately, where the policy looked
+    claim: Any = None  # its part of the shadow queue (see `tail`)
 
 
 Cost = Callable[[Ticket], float | None]  # None: nothing is known of it

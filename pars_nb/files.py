@@ -19,7 +19,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -49,9 +49,20 @@ class Table:
 
 # %% ../nbs/01_files.ipynb #560f656d
 PACKED: dict[bytes, Callable[[Any], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
-WIDE = {b"\xff\xfe\x00\x00": "utf-32", b"\x00\x00\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}  # the longer marks first
-NO_TABLE = {b"PK\x03\x04": "a zip or Excel file", b"\xd0\xcf\x11\xe0": "an old Excel file", b"(\xb5/\xfd": "packed with zstd", b"%PDF": "a PDF",
-            b"ARROW1": "an Arrow (Feather) file", b"SQLite": "an SQLite database"}
+WIDE = {
+    b"\xff\xfe\x00\x00": "utf-32",
+    b"\x00\x00\xfe\xff": "utf-32",
+    b"\xff\xfe": "utf-16",
+    b"\xfe\xff": "utf-16",
+}  # the longer marks first
+NO_TABLE = {
+    b"PK\x03\x04": "a zip or Excel file",
+    b"\xd0\xcf\x11\xe0": "an old Excel file",
+    b"(\xb5/\xfd": "packed with zstd",
+    b"%PDF": "a PDF",
+    b"ARROW1": "an Arrow (Feather) file",
+    b"SQLite": "an SQLite database",
+}
 
 
 def _open(path: Path) -> BinaryIO:
@@ -67,7 +78,7 @@ def _open(path: Path) -> BinaryIO:
     opener = next((o for magic, o in PACKED.items() if head.startswith(magic)), None)
     return opener(f) if opener else f  # type: ignore[no-any-return]
 
-
+# %% ../nbs/01_files.ipynb #57d8eaa1
 def _transcoded(f: BinaryIO, name: str) -> BinaryIO:
     "The same text in UTF-8, without a byte-order mark."
     head = f.read(4)
@@ -82,7 +93,7 @@ def _transcoded(f: BinaryIO, name: str) -> BinaryIO:
         f.seek(3)
     return f
 
-# %% ../nbs/01_files.ipynb #57d8eaa1
+# %% ../nbs/01_files.ipynb #70309341
 def lines(path: str | Path) -> Iterator[tuple[int, str]]:  # (1, first line), …, each with its end
     "The lines of a text file; a line ends at `\\n` only. Raises `DataError` for what is not text, `FileNotFoundError` for no file."
     path, i = Path(path), 0
@@ -107,9 +118,13 @@ def lines(path: str | Path) -> Iterator[tuple[int, str]]:  # (1, first line), �
 def _no_end(text: str) -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
-# %% ../nbs/01_files.ipynb #d6325518
+# %% ../nbs/01_files.ipynb #41d57c30
 def _delimiter(header: str) -> str:
-    return max(",\t;|", key=lambda c: len(next(csv.reader([header], delimiter=c), [])))
+    return max(",\t;|", key=lambda c: len(_split(header, c)))
+
+
+def _split(header: str, delimiter: str) -> list[str]:
+    return next(csv.reader([header], delimiter=delimiter), [])
 
 
 def _csv_rows(name: str, text: Iterator[tuple[int, str]]) -> Iterator[Row]:
@@ -121,11 +136,15 @@ def _csv_rows(name: str, text: Iterator[tuple[int, str]]) -> Iterator[Row]:
     delimiter = header.strip()[4:] if re.fullmatch(r"sep=\S", header.strip()) else ""  # Excel's own first line
     if delimiter:
         header = next((t for t in seen if t.strip()), "")
-    columns = [c.strip() for c in next(csv.reader([header], delimiter=delimiter or _delimiter(header)), [])]
+    csv.field_size_limit(2**31 - 1)  # a prompt may be long
+    try:
+        delimiter = delimiter or _delimiter(header)
+        columns = [c.strip() for c in _split(header, delimiter)]
+    except csv.Error as e:
+        raise DataError(f"{name}: the line with the columns' names is broken CSV ({first_line(e)}); end lines with \\n") from e
     if twice := {c for c in columns if columns.count(c) > 1}:
         raise DataError(f"{name}: two columns are called {sorted(twice)}; rename one")
-    csv.field_size_limit(2**31 - 1)  # a prompt may be long
-    reader = csv.reader(seen, delimiter=delimiter or _delimiter(header), strict=True)
+    reader = csv.reader(seen, delimiter=delimiter, strict=True)
     yield from _fields(name, reader, columns, at)
 
 
@@ -134,7 +153,7 @@ def _watched(text: Iterator[tuple[int, str]], at: list[int]) -> Iterator[str]:
     for at[0], t in text:
         yield t
 
-
+# %% ../nbs/01_files.ipynb #f972c622
 def _fields(name: str, reader: Iterator[list[str]], columns: list[str], at: list[int]) -> Iterator[Row]:
     number = 0
     while True:
@@ -153,7 +172,7 @@ def _fields(name: str, reader: Iterator[list[str]], columns: list[str], at: list
         yield Row(number, begins, dict(zip(columns, fields, strict=True)), name)
         number += 1
 
-# %% ../nbs/01_files.ipynb #f972c622
+# %% ../nbs/01_files.ipynb #053f0b50
 WRAPPERS = ("data", "rows", "records", "items", "results", "observations", "generations")
 
 
@@ -189,7 +208,7 @@ def _flat(columns: list[list[Any]]) -> bool:
     "Columns of plain values, and not one chat as a list of turns."
     return len(columns) > 1 or not any(isinstance(v, dict) for v in columns[0])
 
-# %% ../nbs/01_files.ipynb #a32f0822
+# %% ../nbs/01_files.ipynb #bd64c11b
 def _json_rows(name: str, text: Iterator[tuple[int, str]], torn: bool) -> Iterator[Row]:
     "Rows of JSON lines as they come, or of the whole document where the first line is not one by itself."
     first = next(((i, t) for i, t in text if t.strip()), None)
@@ -218,7 +237,7 @@ def _chain(second: tuple[int, str], text: Iterator[tuple[int, str]]) -> Iterator
     yield second
     yield from ((i, t) for i, t in text if t.strip())
 
-
+# %% ../nbs/01_files.ipynb #7c1f5096
 def _document(name: str, text: str, first: DataError, torn: bool) -> Iterator[Row]:
     "One document over several lines, or several of them one after the other."
     decoder, end, found = json.JSONDecoder(), 0, []
@@ -234,7 +253,7 @@ def _document(name: str, text: str, first: DataError, torn: bool) -> Iterator[Ro
     rows = [r for v in found for r in unwrap(v)]
     yield from (Row(k, None, v, name) for k, v in enumerate(rows))
 
-# %% ../nbs/01_files.ipynb #bd64c11b
+# %% ../nbs/01_files.ipynb #4c2b7d19
 def _parquet_rows(path: Path) -> Iterator[Row]:
     with extra("train"):
         import pyarrow as pa
@@ -264,7 +283,7 @@ def _values(column: Any, pa: Any) -> list[Any]:
         column = column.dictionary_decode()
     return list(column.to_pylist())
 
-# %% ../nbs/01_files.ipynb #69ee3a31
+# %% ../nbs/01_files.ipynb #2887d0db
 def load(
     path: str | Path,
     torn: bool = False,  # the file is a journal: a last line that a crash has torn is left out
@@ -288,14 +307,16 @@ def load(
         return Table(path.name, "csv", _csv_rows(path.name, lines(path)))
     if suffix in (".json", ".jsonl", ".ndjson") or _begins_like_json(head):
         return Table(path.name, "json", _json_rows(path.name, lines(path), torn))
-    raise DataError(f"{path.name}: don't know how to read {suffix or 'this'!r}; give .csv, .jsonl, .json, .parquet or .txt (each may be .gz)")
+    raise DataError(
+        f"{path.name}: don't know how to read {suffix or 'this'!r}; give .csv, .jsonl, .json, .parquet or .txt (each may be .gz)"
+    )
 
 
 def _begins_like_json(head: bytes) -> bool:
     text = head.replace(b"\0", b"").lstrip(b"\xef\xbb\xbf\xff\xfe \t\r\n")
     return text[:1] in (b"{", b"[")
 
-# %% ../nbs/01_files.ipynb #4c2b7d19
+# %% ../nbs/01_files.ipynb #218bc04c
 def columns(row: Row, needed: Sequence[str] = ()) -> dict[str, Any]:
     "The row's columns. Raises `DataError` where it has none, or lacks one that is `needed`."
     if not isinstance(row.values, dict):
@@ -306,13 +327,34 @@ def columns(row: Row, needed: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def _kind(value: Any) -> str:
-    names = {str: "a text", list: "a list", dict: "an object", bool: "true or false", int: "a number", float: "a number", type(None): "empty"}
+    names = {
+        str: "a text",
+        list: "a list",
+        dict: "an object",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        type(None): "empty",
+    }
     return names.get(type(value), f"a {type(value).__name__}")
 
-# %% ../nbs/01_files.ipynb #115c9647
+# %% ../nbs/01_files.ipynb #4c5967e2
 NOTHING = {"", "-", "--", "n/a", "na", "nan", "nat", "null", "none", "nil", "<na>", "#n/a", "undefined"}
 NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
-FLAGS = {"true": True, "t": True, "yes": True, "y": True, "1": True, "1.0": True, "false": False, "f": False, "no": False, "n": False, "0": False, "0.0": False}
+FLAGS = {
+    "true": True,
+    "t": True,
+    "yes": True,
+    "y": True,
+    "1": True,
+    "1.0": True,
+    "false": False,
+    "f": False,
+    "no": False,
+    "n": False,
+    "0": False,
+    "0.0": False,
+}
 
 
 def plain(value: Any) -> Any:
@@ -324,19 +366,23 @@ def plain(value: Any) -> Any:
         return value.tolist()
     return value.item() if isinstance(value, np.generic) and not isinstance(value, (np.datetime64, np.timedelta64)) else value
 
-
+# %% ../nbs/01_files.ipynb #8b9b5216
 def blank(value: Any) -> bool:
     "No value: None, NaN, NaT or an empty text."
     if isinstance(value, str):
         return not value.strip()
-    return value is None or type(value).__name__ in ("NaTType", "NAType") or (isinstance(value, (float, np.datetime64)) and bool(value != value))
+    return (
+        value is None
+        or type(value).__name__ in ("NaTType", "NAType")
+        or (isinstance(value, (float, np.datetime64)) and bool(value != value))
+    )
 
 
 def missing(value: Any) -> bool:
     "No number, flag or time: `blank`, or one of the marks that logs have for it."
     return blank(value) or (isinstance(value, str) and value.strip().lower() in NOTHING)
 
-# %% ../nbs/01_files.ipynb #9ad3c3d5
+# %% ../nbs/01_files.ipynb #f2f3cac3
 def read_number(value: Any, what: str, at: Any) -> int | float:
     "A finite number. Raises `DataError`: `at`: `what` is …"
     v = plain(value)
@@ -365,7 +411,7 @@ def read_count(value: Any, what: str, at: Any, least: int = 0) -> int:
         raise DataError(f"{at}: {what} is {v:.0f}, more than a billion; is it another column?")
     return int(v)
 
-
+# %% ../nbs/01_files.ipynb #1457ec58
 def read_flag(value: Any, what: str, at: Any) -> bool:
     "True or False; no value is False. Raises `DataError` for anything that is neither true, false, 1, 0 nor a spelling of them."
     v = plain(value)
@@ -376,11 +422,13 @@ def read_flag(value: Any, what: str, at: Any) -> bool:
         raise DataError(f"{at}: {what} is {_shown(value)}; write true or false")
     return FLAGS[key]
 
-# %% ../nbs/01_files.ipynb #8b9b5216
+# %% ../nbs/01_files.ipynb #4db4550a
 UNITS = {"s": 10**9, "ms": 10**6, "us": 10**3, "ns": 1}  # in nanoseconds
-ISO = re.compile(r"(\d{4})[-/](\d\d)[-/](\d\d)(?:[T ](\d\d):(\d\d)(?::(\d\d)(?:[.,](\d+))?)?)?\s*(Z|UTC|GMT|[+-]\d\d(?::?\d\d)?)?", re.I | re.ASCII)
+ISO = re.compile(
+    r"(\d{4})[-/](\d\d)[-/](\d\d)(?:[T ](\d\d):(\d\d)(?::(\d\d)(?:[.,](\d+))?)?)?\s*(Z|UTC|GMT|[+-]\d\d(?::?\d\d)?)?", re.I | re.ASCII
+)
 
-
+# %% ../nbs/01_files.ipynb #b97d5eca
 class Clock:
     "A column of times to nanoseconds; one object a column, because a column has one kind of time."
 
@@ -404,29 +452,36 @@ class Clock:
             return "a date without a zone", int(v.astype("datetime64[ns]").astype(np.int64))
         if isinstance(v, datetime):
             return "a date" + (" with" if v.tzinfo else " without") + " a zone", _since_1970(v) + getattr(v, "nanosecond", 0)
+        if isinstance(v, (timedelta, np.timedelta64)):
+            return "a duration", int(np.timedelta64(v).astype("timedelta64[ns]").astype(np.int64))
         if isinstance(v, date):
             return "a date without a zone", _since_1970(datetime(v.year, v.month, v.day))
         if isinstance(v, str) and not NUMBER.fullmatch(v.strip()):
-            return self._iso(v, at)
+            return _iso(v, self.column, at)
         n = read_number(v, self.column, at)
         if self.unit == "s" and abs(n) >= 1e11:
-            raise DataError(f"{at}: {self.column} is {n:.0f}, and numbers are seconds: this would be after the year 5000. Where they are "
-                            f"milliseconds, say so: --columns time={self.column}:ms (or us, ns)")
+            raise DataError(
+                f"{at}: {self.column} is {n:.0f}, and numbers are seconds: this would be after the year 5000. Where they are "
+                f"milliseconds, say so: --columns time={self.column}:ms (or us, ns)"
+            )
         whole = math.floor(n)
         return "a number", whole * UNITS[self.unit] + round((n - whole) * UNITS[self.unit])
 
-    def _iso(self, text: str, at: Any) -> tuple[str, int]:
-        m = ISO.fullmatch(text.strip())
-        try:
-            if m is None:
-                raise ValueError("it is no ISO 8601")
-            year, month, day, hour, minute, second = (int(x or 0) for x in m.groups()[:6])
-            when = datetime(year, month, day, hour, minute, second, tzinfo=UTC)
-        except ValueError as e:
-            raise DataError(f"{at}: {self.column} is {_shown(text)}, neither a number of seconds nor a date like 2025-01-31 18:00:00.5 ({e})") from e
-        return "a date" + (" with" if m[8] else " without") + " a zone", _since_1970(when) + int((m[7] or "0")[:9].ljust(9, "0")) - _offset(m[8])
+# %% ../nbs/01_files.ipynb #7c273890
+def _iso(text: str, column: str, at: Any) -> tuple[str, int]:
+    "A date in text: which kind of time it is, and nanoseconds."
+    m = ISO.fullmatch(text.strip())
+    try:
+        if m is None:
+            raise ValueError("it is no ISO 8601")
+        year, month, day, hour, minute, second = (int(x or 0) for x in m.groups()[:6])
+        when = datetime(year, month, day, hour, minute, second, tzinfo=UTC)
+    except ValueError as e:
+        raise DataError(f"{at}: {column} is {_shown(text)}, neither a number of seconds nor a date like 2025-01-31 18:00:00.5 ({e})") from e
+    ns = _since_1970(when) + int((m[7] or "0")[:9].ljust(9, "0")) - _offset(m[8])
+    return "a date" + (" with" if m[8] else " without") + " a zone", ns
 
-# %% ../nbs/01_files.ipynb #f2f3cac3
+# %% ../nbs/01_files.ipynb #47252342
 def _since_1970(when: datetime) -> int:
     "Nanoseconds, exactly; a date without a zone is taken as UTC."
     gone = (when if when.tzinfo else when.replace(tzinfo=UTC)) - datetime(1970, 1, 1, tzinfo=UTC)
@@ -447,7 +502,7 @@ def seconds(ns: Iterable[int] | np.ndarray) -> np.ndarray:  # (n,) float64, from
     us = us + ((rest > 500) | ((rest == 500) & (us % 2 == 1)))  # half to even, as everywhere
     return (us - us.min()) / 1e6 if len(us) else us.astype(float)
 
-# %% ../nbs/01_files.ipynb #4db4550a
+# %% ../nbs/01_files.ipynb #ecd1c614
 ESCAPE = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 

@@ -43,22 +43,26 @@ class Express:
         window: int = 50,  # finished requests to remember of each bin
         every: int = 64,  # how many new ones before another look
     ) -> None:
-        self.share, self.every, self.new = share, every, 0
-        self.prior = bin_means(work_shares, bins)
+        self.share, self.every, self.new, self.prior = share, every, 0, bin_means(work_shares, bins)
         self.done: list[deque[float]] = [deque(maxlen=window) for _ in range(bins)]
-        self.quantile = self._end()
+        self.quantile = self._look()
 
-    def _end(self) -> float:
-        "Where the lane holds its share of the work."
+    def _look(self) -> float:
+        "The mean work of each part of the predicted order, and where the lane holds its share of it."
         known = [(sum(d) / len(d), p) for d, p in zip(self.done, self.prior, strict=True) if len(d) >= 3]
         scale = sum(mean for mean, _ in known) / max(1e-9, sum(p for _, p in known)) if known else 1.0  # tokens in one mean of all
         work = [(3 * scale * p + sum(d)) / (3 + len(d)) for p, d in zip(self.prior, self.done, strict=True)]
-        allowed = self.share * sum(work)
+        allowed, mean = self.share * sum(work), sum(work) / len(work)
+        self.means = [w / mean for w in work]
         for k, w in enumerate(work):
             if w > allowed and self.share < 1:
                 return (k + allowed / w) / len(work)
             allowed -= w
         return 1.0
+
+    def work(self, quantile: float) -> float:
+        "The real work to be expected of a request at this quantile of the predicted order, in means of all."
+        return self.means[min(len(self.means) - 1, int(quantile * len(self.means)))]
 
     def seen(self, quantile: float | None, work: float) -> bool:  # has the lane's end moved?
         "A request has finished: the quantile of what it was thought to cost (None: not known), and what it did cost, in tokens."
@@ -68,5 +72,5 @@ class Express:
         self.new += 1
         if self.new < self.every:
             return False
-        self.new, before, self.quantile = 0, self.quantile, self._end()
+        self.new, before, self.quantile = 0, self.quantile, self._look()
         return self.quantile != before

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['KNOTS', 'APP', 'TAG', 'LENGTH', 'SCORE', 'BASE', 'VERSION', 'ARRAYS', 'log', 'normal_scores', 'beyond', 'Row', 'tags',
-           'Columns', 'columns', 'sums', 'Model', 'pieces', 'numbers', 'find', 'app_index', 'scores', 'Matrix', 'ridge',
-           'schema', 'matrix', 'fit', 'Judged', 'concordance', 'Judge', 'judged', 'Expert', 'experts', 'Verdict',
-           'Core', 'save', 'load', 'applications', 'keep', 'inspect', 'Learner', 'serve', 'Child']
+           'Columns', 'columns', 'sums', 'Tables', 'Model', 'pieces', 'numbers', 'find', 'app_index', 'scores',
+           'Matrix', 'ridge', 'schema', 'matrix', 'fit', 'Judged', 'concordance', 'Judge', 'judged', 'Expert',
+           'experts', 'Verdict', 'Memory', 'Fits', 'Choice', 'Core', 'save', 'load', 'applications', 'keep', 'inspect',
+           'Follows', 'Engine', 'Learner', 'serve', 'Handed', 'Fed', 'Child']
 
 # %% ../nbs/25_learner.ipynb #35769123
 import logging
@@ -18,7 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -36,13 +37,24 @@ _Z = np.linspace(-3.5, 3.5, 281)
 _P = np.array([NormalDist().cdf(z) for z in _Z])
 
 
-def normal_scores(x: np.ndarray) -> np.ndarray:
-    "Normal scores of ranks, equal values alike (van der Waerden 1952)."
-    if not len(x):
-        return np.zeros(0)
-    ordered = np.sort(x)
-    middle = (np.searchsorted(ordered, x, "left") + np.searchsorted(ordered, x, "right")) / 2
-    return np.interp(middle / len(x), _P, _Z)
+def normal_scores(
+    x: np.ndarray,  # (n,) lengths
+    bound: np.ndarray | None = None,  # (n,) which of them are lower bounds
+) -> tuple[np.ndarray, np.ndarray]:  # (n,) scores; (281,) log lengths at the scores −3.5 … 3.5
+    "Normal scores of ranks (van der Waerden 1952) in the distribution that is left when bounds are bounds (Kaplan and Meier 1958)."
+    bound = np.zeros(len(x), dtype=bool) if bound is None else bound
+    value, at = np.unique(x, return_inverse=True)
+    ended = np.bincount(at, weights=~bound, minlength=len(value))
+    under_way = len(x) - np.concatenate(([0], np.cumsum(np.bincount(at))[:-1]))
+    left = np.cumprod(1 - ended / under_way)
+    before = np.concatenate(([1.0], left[:-1]))
+    score = np.interp(np.where(bound, 1 - left[at], 1 - (left[at] + before[at]) / 2), _P, _Z)
+    known = np.flatnonzero(ended)
+    if len(known) < 2:
+        return score, np.full(len(_Z), math.log(max(1.0, float(np.max(x)))))
+    z, log = np.interp(1 - (left + before)[known] / 2, _P, _Z), np.log(np.maximum(1, value[known]))
+    slope = max(0.0, float(np.polyfit(z, log, 1)[0]))
+    return score, np.interp(_Z, z, log) + slope * np.maximum(0, _Z - z[-1])  # longer than all that have ended: on a line
 
 
 def beyond(score: np.ndarray, spread: float, bound: np.ndarray) -> np.ndarray:
@@ -98,8 +110,8 @@ APP, TAG, LENGTH, SCORE, BASE = 0.5, 0.3, 0.25, 1.0, 1.0  # how much columns may
 
 
 @dataclass
-class Model:
-    "Tables that give a request's score; all are arrays, so they go through a pipe and into a file."
+class Tables:
+    "What a fit leaves; all are arrays, so they go through a pipe and into a file."
     value: np.ndarray  # (SLOTS,) float32 weight of a word
     square: np.ndarray  # (SLOTS,) float32 its share of a row's squared length
     tag_keys: np.ndarray  # (t,) int64
@@ -120,6 +132,10 @@ class Model:
         self.app_of = dict(zip(self.app_keys.tolist(), self.app_weights.tolist(), strict=True))
         self.log_of = self.quantiles.tolist()
         self.flat = self.centre.tolist(), self.knots.tolist(), self.piece_weights.reshape(3, 6).tolist(), self.bias.tolist()
+
+# %% ../nbs/25_learner.ipynb #8ee57345
+class Model(Tables):
+    "Tables that give a request's score."
 
     def score(self, s: Signals, ranker: float | None = None) -> float:  # about −3.5 (shortest) to 3.5 (longest)
         "The predicted normal score of one request's length, in some microseconds."
@@ -150,7 +166,7 @@ class Model:
         i = min(279, int(x))
         return self.log_of[i] + (x - i) * (self.log_of[i + 1] - self.log_of[i])
 
-# %% ../nbs/25_learner.ipynb #4a14747b
+# %% ../nbs/25_learner.ipynb #92c49f85
 def pieces(x: np.ndarray, centre: np.ndarray, knots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # (n, 3), (n, 18)
     "Standardised columns, and each as six pieces: itself, and what of it lies above each of five knots."
     z = np.clip(np.nan_to_num((x - centre[:, 0]) / centre[:, 1]), -4, 4)
@@ -159,6 +175,7 @@ def pieces(x: np.ndarray, centre: np.ndarray, knots: np.ndarray) -> tuple[np.nda
 
 
 def numbers(c: Columns) -> np.ndarray:  # (n, 3)
+    "What is standardised: log own tokens, log prompt tokens, the ranker's score."
     return np.column_stack([c.logs, c.scores])
 
 
@@ -175,7 +192,7 @@ def app_index(apps: Sequence[tuple[int, ...]], keys: np.ndarray) -> np.ndarray: 
     known = {k: i for i, k in enumerate(keys.tolist())}
     return np.array([next((known[a] for a in row if a in known), len(keys)) for row in apps], dtype=np.int64)
 
-
+# %% ../nbs/25_learner.ipynb #4f4863fd
 def scores(m: Model, c: Columns) -> np.ndarray:  # (n,)
     "`Model.score` for many, vectorised."
     value, norm = sums(m.value[c.words], c.counts), sums(m.square[c.words], c.counts)
@@ -186,7 +203,7 @@ def scores(m: Model, c: Columns) -> np.ndarray:  # (n,)
     total = value / np.sqrt(np.maximum(1e-9, norm)) + tag + app + p @ m.piece_weights + m.bias[0]
     return total if m.base is None else total + m.bias[1] * scores(m.base, c)
 
-# %% ../nbs/25_learner.ipynb #4f4863fd
+# %% ../nbs/25_learner.ipynb #55f75531
 @dataclass
 class Matrix:
     "A sparse part and a dense one."
@@ -197,15 +214,25 @@ class Matrix:
     dense: np.ndarray
 
     def times(self, w: np.ndarray) -> np.ndarray:
+        "Xw"
         sparse = np.bincount(self.rows, weights=self.vals * w[self.cols], minlength=len(self.dense))
         return sparse + self.dense @ w[self.width :]
 
     def back(self, u: np.ndarray) -> np.ndarray:
+        "Xᵀu"
         sparse = np.bincount(self.cols, weights=self.vals * u[self.rows], minlength=self.width)
         return np.concatenate([sparse, self.dense.T @ u])
 
-
-def ridge(x: Matrix, y: np.ndarray, weights: np.ndarray, start: np.ndarray, alpha: float = 1.0, steps: int = 40, near: float = 1e-2) -> np.ndarray:
+# %% ../nbs/25_learner.ipynb #748c6ded
+def ridge(
+    x: Matrix,
+    y: np.ndarray,  # (n,)
+    weights: np.ndarray,  # (n,) of the rows
+    start: np.ndarray,  # weights of the columns, to begin with
+    alpha: float = 1.0,
+    steps: int = 40,
+    near: float = 1e-2,
+) -> np.ndarray:
     "The w that makes Σ weight · (y − xw)² + alpha · |w|² least, up to a relative residual of `near`."
     w = start.copy()
     target = x.back(weights * y)
@@ -222,7 +249,7 @@ def ridge(x: Matrix, y: np.ndarray, weights: np.ndarray, start: np.ndarray, alph
         p = r + (rr / last) * p
     return w
 
-# %% ../nbs/25_learner.ipynb #55f75531
+# %% ../nbs/25_learner.ipynb #8f975889
 def schema(c: Columns, base: Model | None) -> dict[str, Any]:
     "What the rows have in common: weights of words, tags, applications, and the scale of the numbers."
     n, seen = len(c.counts), np.bincount(c.words, minlength=SLOTS)
@@ -240,7 +267,7 @@ def _centre(x: np.ndarray) -> tuple[float, float]:
     x = x[np.isfinite(x)]
     return (float(x.mean()), float(x.std()) + 1e-2) if len(x) else (0.0, 1.0)
 
-
+# %% ../nbs/25_learner.ipynb #2048e66d
 def matrix(c: Columns, s: dict[str, Any], words: bool) -> tuple[Matrix, np.ndarray]:  # and the slots of its first columns
     "The columns a fit sees."
     idf = s["idf"] if words else np.zeros(SLOTS)
@@ -254,14 +281,15 @@ def matrix(c: Columns, s: dict[str, Any], words: bool) -> tuple[Matrix, np.ndarr
     t, a = len(s["tag_keys"]), len(s["app_keys"])
     terms = APP * np.column_stack([np.ones(len(row)), z[:, 0], 0.3 * z[:, 0] ** 2, z[:, 2]]) * (app < a)[:, None]
     rows = np.concatenate([np.repeat(row, c.counts), np.repeat(row, c.tag_counts), np.repeat(row, 4)])
-    cols = np.concatenate([place[c.words], len(kept) + np.minimum(tag, max(0, t - 1)), (len(kept) + t + 4 * np.minimum(app, a)[:, None] + np.arange(4)).ravel()])
+    app_cols = len(kept) + t + 4 * np.minimum(app, a)[:, None] + np.arange(4)
+    cols = np.concatenate([place[c.words], len(kept) + np.minimum(tag, max(0, t - 1)), app_cols.ravel()])
     vals = np.concatenate([weight / norm, np.where(tag < t, TAG, 0.0), terms.ravel()])
     keep = np.flatnonzero(vals)
     extra = [np.ones((len(row), 1)), p * np.repeat([LENGTH, LENGTH, SCORE], 6)]
     extra += [BASE * scores(s["base"], c)[:, None]] if s["base"] is not None else []
     return Matrix(rows[keep], cols[keep], vals[keep], len(kept) + t + 4 * a + 4, np.concatenate(extra, axis=1)), kept
 
-
+# %% ../nbs/25_learner.ipynb #1050209a
 def fit(
     rows: Sequence[Row],
     half: float = math.inf,  # a row's weight halves with so many younger ones
@@ -278,18 +306,18 @@ def fit(
     x, kept = matrix(c, s, words)
     lengths, bound = np.array([r.length for r in rows], dtype=float), np.array([r.bound for r in rows])
     young = 0.5 ** (np.arange(len(rows))[::-1] / half)
-    w, floor = _start(s, kept, before, x), normal_scores(lengths)
+    w, (floor, logs) = _start(s, kept, before, x), normal_scores(lengths, bound)
     y = floor.copy()
     offset = x.dense[:, -1] / BASE if base is not None else 0.0
-    for _ in range(3 if bound.any() else 1):
+    for _ in range(4 if bound.any() else 1):
         middle = float(np.average(y - offset, weights=young))
         w = ridge(x, y - offset - middle, young, w)
         predicted = x.times(w) + offset + middle
         rest = float(np.sqrt(np.average((y - predicted) ** 2, weights=young))) + 1e-3
         y[bound] = beyond(predicted, rest, floor)[bound]
-    return _model(s, w, kept, middle, lengths)
+    return _model(s, w, kept, middle, logs)
 
-# %% ../nbs/25_learner.ipynb #4e7ce432
+# %% ../nbs/25_learner.ipynb #bc7f6752
 def _start(s: dict[str, Any], kept: np.ndarray, before: Model | None, x: Matrix) -> np.ndarray:
     "The last fit's weights where words are the same; 0 elsewhere."
     w = np.zeros(x.width + x.dense.shape[1])
@@ -298,7 +326,7 @@ def _start(s: dict[str, Any], kept: np.ndarray, before: Model | None, x: Matrix)
     return w
 
 
-def _model(s: dict[str, Any], w: np.ndarray, kept: np.ndarray, middle: float, lengths: np.ndarray) -> Model:
+def _model(s: dict[str, Any], w: np.ndarray, kept: np.ndarray, middle: float, logs: np.ndarray) -> Model:
     "Weights of columns as tables."
     t, a, base = len(s["tag_keys"]), len(s["app_keys"]), s["base"]
     value, square = np.zeros(SLOTS, np.float32), np.zeros(SLOTS, np.float32)
@@ -306,11 +334,11 @@ def _model(s: dict[str, Any], w: np.ndarray, kept: np.ndarray, middle: float, le
     at = len(kept) + t
     apps = APP * w[at : at + 4 * a].reshape(a, 4) * [1, 1, 0.3, 1]
     dense = w[at + 4 * a + 4 :]
+    bias = np.array([middle + dense[0], 1 + dense[19] / BASE if base is not None else 0.0])
     return Model(value, square, s["tag_keys"], TAG * w[len(kept) : at], s["app_keys"], apps, s["centre"], s["knots"],
-                 dense[1:19] * np.repeat([LENGTH, LENGTH, SCORE], 6), np.array([middle + dense[0], 1 + dense[19] / BASE if base is not None else 0.0]),
-                 np.log(np.maximum(1, np.quantile(lengths, _P))), base)
+                 dense[1:19] * np.repeat([LENGTH, LENGTH, SCORE], 6), bias, logs, base)
 
-# %% ../nbs/25_learner.ipynb #239fcc80
+# %% ../nbs/25_learner.ipynb #98d96894
 class Judged(NamedTuple):
     "What a candidate's predictions were worth."
     tau: float
@@ -362,7 +390,7 @@ def judged(shares: np.ndarray) -> Judged:
     n = len(shares)
     return Judged(float(shares.mean()), 2 * float(shares.std()) / math.sqrt(n), n)
 
-# %% ../nbs/25_learner.ipynb #b4e060d5
+# %% ../nbs/25_learner.ipynb #986c6429
 @dataclass
 class Expert:
     "One way of fitting, and its tables now."
@@ -389,33 +417,128 @@ class Verdict(NamedTuple):
     report: dict[str, Any]
 
 
-class Core:
-    "Learns and judges; runs in a process of its own, or in yours where results must repeat to the last digit."
+class Memory:
+    "The finished requests that are not forgotten."
 
-    def __init__(self, floor: float = 0.15, base: Model | None = None, share: float | None = None, most_words: int = 1_000_000) -> None:
-        self.floor, self.share, self.most_words = floor, share, most_words
+    def __init__(self, most_words: int = 1_000_000, most_rows: int = 10_000) -> None:
+        self.most_words, self.most_rows = most_words, most_rows
         self.rows: deque[Row] = deque()
-        self.running: list[Row] = []
-        self.words = self.seen = self.fits = 0
-        self.cpu_s, self.free_at, self.scored = 0.0, 0.0, False
-        self.experts = experts()
-        self.use(base)
-        self.judge = Judge(["ranker", *(e.name for e in self.experts)])
-        self.follows: str | None = None
-        self.judged: dict[str, Judged] = {}
+        self.running: list[Row] = []  # bounds of those that run
+        self.words = self.seen = self.forgot = 0
+
+    def remember(self, rows: Sequence[Row]) -> None:
+        "Requests have finished; what is too much is forgotten, the oldest first."
+        self.rows.extend(rows)
+        self.words += sum(len(r.signals.words) for r in rows)
+        self.seen += len(rows)
+        while len(self.rows) > self.most_rows or (self.words > self.most_words and len(self.rows) > 64):
+            self.words -= len(self.rows.popleft().signals.words)
+
+    def forget(self, keep: int = 512) -> None:
+        "All but the last are of another time."
+        while len(self.rows) > keep:
+            self.words -= len(self.rows.popleft().signals.words)
+        self.forgot += 1
+
+# %% ../nbs/25_learner.ipynb #65c62842
+class Fits(Memory):
+    "Every candidate's tables."
+
+    def __init__(self, base: Model | None, share: float | None, most_words: int) -> None:
+        super().__init__(most_words)
+        self.base, self.share, self.experts = base, share, experts()
+        self.fits, self.cpu_s, self.free_at, self.scored = 0, 0.0, 0.0, False
+        self.experts[1].model = base
+
+    def guesses(self, rows: Sequence[Row]) -> np.ndarray:  # (n, 1 + experts)
+        "What the ranker and every expert says of requests, without their lengths; NaN: nothing."
+        out = np.full((len(rows), 1 + len(self.experts)), math.nan)
+        out[:, 0] = [math.nan if r.score is None else r.score for r in rows]
+        c = columns([r.signals for r in rows], [r.score for r in rows])
+        for k, e in enumerate(self.experts, 1):
+            if e.model is not None:
+                out[:, k] = scores(e.model, c if e.ranker else c._replace(scores=np.full(len(rows), math.nan)))
+        return out
+
+    def refit(self) -> set[str]:  # whose tables are new
+        "Fit what is due, as far as the share of a core allows."
+        done = set()
+        for e in self.experts:
+            if self.seen >= e.due and (self.scored or not e.ranker) and not (self.share and time.monotonic() < self.free_at):
+                began = time.process_time()
+                self._fit(e)
+                took = time.process_time() - began
+                self.fits, self.cpu_s = self.fits + 1, self.cpu_s + took
+                self.free_at = time.monotonic() + took / self.share if self.share else 0.0
+                done.add(e.name)
+        return done
+
+    def _fit(self, e: Expert) -> None:
+        rows = [*list(self.rows)[-e.most :], *self.running]
+        e.model = fit(rows, e.half, e.words, e.ranker, self.base if self.seen < 2000 else None, e.model)
+        e.due = self.seen + max(16, min(e.every, self.seen // 2))
+
+# %% ../nbs/25_learner.ipynb #47d4c75e
+class Choice(Fits):
+    "Whom to follow."
+
+    def __init__(self, floor: float, base: Model | None, share: float | None, ranker: bool, most_words: int) -> None:
+        super().__init__(base, share, most_words)
+        self.floor, self.judge, self.judged = floor, Judge(["ranker", *(e.name for e in self.experts)]), dict[str, Judged]()
+        self.follows: str | None = "ranker" if ranker else None
         self.past: list[tuple[int, str | None, dict[str, float]]] = []  # the verdicts over time, for `inspect`
 
-    def use(self, base: Model | None) -> None:
-        "Start from tables that were learned before."
-        self.base = base
-        for e in self.experts:
-            if base is not None and e.name == "words":
-                e.model = base
+    def decide(self) -> None:
+        "Follow the best that has proved right."
+        shares = self.judge.shares()
+        self.judged = {k: judged(s) for k, s in shares.items() if np.isfinite(s).all()}
+        right = [k for k, v in self.judged.items() if v.lower > self.floor]
+        best = max(right, key=lambda k: self.judged[k].tau, default=None)
+        now = self.follows if self._holds(self.follows) else None
+        if now is None:
+            now = best
+        elif best is not None and best != now and len(shares[best]) == len(shares.get(now, ())):
+            gap = judged(shares[best] - shares[now])
+            now = best if gap.tau > max(0.01, gap.error / 2) else now
+        self.follows = now
+        self.notice(shares)
+        self.past.append((self.seen, now, {k: round(v.tau, 3) for k, v in self.judged.items()}))
+        del self.past[: -4096 : 2]
+
+    def _holds(self, name: str | None) -> bool:
+        "Is it still right, or a ranker not yet judged?"
+        if name in self.judged:
+            return self.judged[name].lower >= self.floor / 2
+        return name == "ranker"
+
+    def notice(self, shares: dict[str, np.ndarray]) -> None:
+        "Where the last few hundred say more than all, beyond doubt, the traffic has changed: forget what came before."
+        late, every = shares.get("recent", np.zeros(0)), shares.get("words", np.zeros(1))
+        if len(late) == len(every) and len(self.rows) > 1024:
+            gap = judged(late - every)
+            if gap.tau > max(0.03, 2.33 * gap.error):
+                self.forget()
+                self.base = None
+                for e in self.experts:
+                    e.due = min(e.due, self.seen)
+
+# %% ../nbs/25_learner.ipynb #391d1ff5
+class Core(Choice):
+    "Learns and judges; runs in a process of its own, or in yours where results must repeat to the last digit."
+
+    def __init__(
+        self,
+        floor: float = 0.15,  # nothing is followed under this τ_b
+        base: Model | None = None,  # tables that were learned before
+        share: float | None = None,  # of one core that fits may take; None: each when it is due
+        ranker: bool = False,  # follow a ranker's scores until they have been judged
+        most_words: int = 1_000_000,  # that are remembered
+    ) -> None:
+        super().__init__(floor, base, share, ranker, most_words)
 
     def see(self, rows: Sequence[Row]) -> bool:  # has the verdict changed?
         "Requests have finished. Predictions first, then learning."
-        changed = False
-        at = 0
+        changed, at = False, 0
         while at < len(rows):
             step = max(1, min(16 - self.seen % 16, len(rows) - at))
             changed |= self._see(rows[at : at + step])
@@ -424,69 +547,23 @@ class Core:
 
     def _see(self, rows: Sequence[Row]) -> bool:
         self.scored = self.scored or any(r.score is not None for r in rows)
-        guesses = self.guesses(rows)
-        for r, g in zip(rows, guesses, strict=True):
+        for r, g in zip(rows, self.guesses(rows), strict=True):
             if not r.bound:
                 self.judge.see(g, r.length, r.quantile)
-            self.rows.append(r)
-            self.words += len(r.signals.words)
-        while len(self.rows) > 10_000 or (self.words > self.most_words and len(self.rows) > 64):
-            self.words -= len(self.rows.popleft().signals.words)
-        self.seen += len(rows)
-        changed = self.refit()
-        return self.decide() or changed if self.seen % 16 == 0 else changed
-
-    def guesses(self, rows: Sequence[Row]) -> np.ndarray:  # (n, candidates)
-        "What every candidate says of requests, without their lengths."
-        out = np.full((len(rows), len(self.judge.names)), math.nan)
-        out[:, 0] = [math.nan if r.score is None else r.score for r in rows]
-        c = columns([r.signals for r in rows], [r.score for r in rows])
-        for k, e in enumerate(self.experts, 1):
-            if e.model is not None:
-                out[:, k] = scores(e.model, c if e.ranker else c._replace(scores=np.full(len(rows), math.nan)))
-        return out
-
-    def refit(self) -> bool:  # were the followed tables replaced?
-        "Fit what is due, as far as the share of a core allows."
-        changed = False
-        for e in self.experts:
-            if self.seen < e.due or (e.ranker and not self.scored) or (self.share and time.monotonic() < self.free_at):
-                continue
-            rows, before = [*list(self.rows)[-e.most :], *self.running], time.process_time()
-            e.model = fit(rows, e.half, e.words, e.ranker, self.base if self.seen < 2000 else None, e.model)
-            e.due, self.fits = self.seen + max(16, min(e.every, self.seen // 2)), self.fits + 1
-            took = time.process_time() - before
-            self.cpu_s += took
-            self.free_at = time.monotonic() + took / self.share if self.share else 0.0
-            changed |= e.name == self.follows
-        return changed
-
-    def decide(self) -> bool:  # does another candidate lead now, or none any more?
-        "Follow the best that has proved right."
-        shares = self.judge.shares()
-        self.judged = {k: judged(s) for k, s in shares.items() if np.isfinite(s).all()}
-        before, follows = self.follows, self.follows
-        if follows not in self.judged or self.judged[follows].lower < self.floor / 2:
-            follows = None
-        right = [k for k, v in self.judged.items() if v.lower > self.floor]
-        best = max(right, key=lambda k: self.judged[k].tau, default=follows)
-        if follows is None:
-            follows = best
-        elif best is not None and best != follows and len(shares[best]) == len(shares[follows]):
-            gap = judged(shares[best] - shares[follows])
-            follows = best if gap.tau > max(0.01, gap.error) else follows
-        self.follows = follows
-        self.past.append((self.seen, follows, {k: round(v.tau, 3) for k, v in self.judged.items()}))
-        del self.past[: -4096 : 2]
-        return follows != before
+        self.remember(rows)
+        before, new = self.follows, self.refit()
+        if self.seen % 16 == 0:
+            self.decide()
+        return self.follows != before or self.follows in new
 
     def verdict(self) -> Verdict:
         "What to tell the engine."
         model = next((e.model for e in self.experts if e.name == self.follows), None)
         taus = {k: (round(v.tau, 4), round(v.lower, 4), v.n) for k, v in self.judged.items()}
-        return Verdict(self.follows, model, dict(seen=self.seen, fits=self.fits, follows=self.follows, tau_b=taus, cpu_s=round(self.cpu_s, 3)))
+        return Verdict(self.follows, model, dict(seen=self.seen, fits=self.fits, forgot=self.forgot, follows=self.follows, tau_b=taus,
+                                                 cpu_s=round(self.cpu_s, 3)))
 
-# %% ../nbs/25_learner.ipynb #ecf4f1bc
+# %% ../nbs/25_learner.ipynb #35253b6f
 VERSION = "1"
 ARRAYS = ("tag_keys", "tag_weights", "app_keys", "app_weights", "centre", "knots", "piece_weights", "bias", "quantiles")
 
@@ -534,7 +611,7 @@ def load(path: str | Path, target: str | None = None) -> tuple[Model, dict[str, 
         raise DataError(f"the learner's state in {path} was learned on {about['target']}, not on {target}; give each its own folder")
     return model, known
 
-# %% ../nbs/25_learner.ipynb #dfd080bb
+# %% ../nbs/25_learner.ipynb #b9950528
 def applications(core: Core, most: int = 50) -> list[dict[str, Any]]:
     "The applications that are told apart, the busiest first: requests remembered, mean and quantiles of their lengths."
     model = next((e.model for e in core.experts if e.name == "means"), None)
@@ -575,42 +652,21 @@ def inspect(folder: str | Path) -> list[dict[str, Any]]:  # one of each state fi
             out.append(dict(file=file.name, target=f.metadata()["target"], **about))
     return out
 
-# %% ../nbs/25_learner.ipynb #35253b6f
+# %% ../nbs/25_learner.ipynb #2e603d07
 log = logging.getLogger("vllm.pars_nb")
 
 
-class Learner:
-    "Lengths learned while serving. Not more than one call at a time; of one engine."
-
-    def __init__(
-        self,
-        target: str = "",  # names the model and the tokenizer; another's state is refused
-        state: str | Path | None = None,  # folder of the tables; None: they are not kept
-        name: str = "learner",  # of the file in it, one for each engine
-        process: bool = True,  # False: learn here and now
-        floor: float = 0.15,  # nothing is followed under this τ_b
-        share: float = 0.02,  # of one core that fits may take, in the process
-        most_waiting: int = 4096,  # finished requests not yet handed over; more are not learned from
-        stale_s: float = 600.0,  # tables of a process that is gone serve so long
-    ) -> None:
-        self.settings = dict(target=target, state=None if state is None else str(state), name=name, floor=floor)
-        self.verdict, self.dropped, self.stale_s = Verdict(None, None, {}), 0, stale_s
-        self.core = _start_core(self.settings) if not process else None
-        self.changed = False
-        self.child = None if self.core else Child(self.settings | dict(share=share), most_waiting)
+class Follows:
+    "What is followed now, and what it says."
+    verdict = Verdict(None, None, {})
 
     @property
     def follows(self) -> str | None:  # None: first come, first served; `ranker`: its scores as they are
         "Which candidate is followed now."
         return self.verdict.follows
 
-    @property
-    def report(self) -> dict[str, Any]:
-        "seen, fits, follows, tau_b {candidate: (τ_b, lower end of its interval, n)}, cpu_s, dropped, alive."
-        return self.verdict.report | dict(dropped=self.dropped, alive=self.child is None or self.child.alive)
-
     def predict(self, signals: Signals, score: float | None = None) -> float | None:
-        "The natural log of the length in tokens; None while the learner is not followed. A bound by `max_tokens` is kept."
+        "The natural log of the length in tokens; None while no fit is followed. A bound by `max_tokens` is kept."
         m = self.verdict.model
         if m is None:
             return None
@@ -618,25 +674,23 @@ class Learner:
         return min(x, math.log(signals.most)) if signals.most else x
 
     def predict_many(self, signals: Sequence[Signals], scored: Sequence[float | None]) -> np.ndarray:  # (n,)
-        "`predict` for many, some microseconds each; NaN while the learner is not followed."
+        "`predict` for many, some microseconds each; NaN while no fit is followed."
         m = self.verdict.model
         if m is None or not len(signals):
             return np.full(len(signals), math.nan)
         x = np.interp(scores(m, columns(signals, scored)), _Z, m.quantiles)
         return np.minimum(x, np.log([s.most or math.inf for s in signals]))
 
-    def seen(self, signals: Signals, length: int, score: float | None = None, quantile: float | None = None, bound: bool = False) -> None:
-        "A request has finished with so many tokens; `bound`: it was broken off, and would have been longer."
-        row = Row(signals, max(1, int(length)), score if score is not None and math.isfinite(score) else None, bound, quantile)
-        if self.core is not None:
-            self.changed |= self.core.see([row])
-        elif self.child is not None and not self.child.give(row):
-            self.dropped += 1
+# %% ../nbs/25_learner.ipynb #a95d67e2
+class Engine(Follows):
+    "The calls that a scheduler makes on every step."
+    core: Core | None = None
+    child: "Child | None" = None
+    changed, stale_s, settings = False, 600.0, dict[str, Any]()
 
     def running(self, rows: Sequence[tuple[Signals, int, float | None]]) -> None:
         "The requests that run and are already longer than predicted: signals, tokens so far, score. Each call replaces the last; 64 count."
-        longest = sorted(rows, key=lambda r: -r[1])[:64]
-        kept = [Row(s, max(1, n), score, True) for s, n, score in longest]
+        kept = [Row(s, max(1, n), score, True) for s, n, score in sorted(rows, key=lambda r: -r[1])[:64]]
         if self.core is not None:
             self.core.running = kept
         elif self.child is not None:
@@ -649,7 +703,8 @@ class Learner:
             if changed or self.core.seen % 16 == 0:
                 self.verdict = self.core.verdict()
             return changed
-        before, self.verdict = self.verdict, self.child.verdict(self.stale_s) if self.child else self.verdict
+        before = self.verdict
+        self.verdict = self.child.verdict(self.stale_s) if self.child else before
         return before.model is not self.verdict.model or before.follows != self.verdict.follows
 
     def close(self) -> None:
@@ -659,10 +714,48 @@ class Learner:
         if self.child is not None:
             self.child.close()
 
-# %% ../nbs/25_learner.ipynb #b9950528
+# %% ../nbs/25_learner.ipynb #c1f8961f
+class Learner(Engine):
+    "Lengths learned while serving. Of one engine, and one thread."
+
+    def __init__(
+        self,
+        target: str = "",  # names the model and the tokenizer; another's state is refused
+        state: str | Path | None = None,  # folder of the tables; None: they are not kept
+        name: str = "learner",  # of the file in it, one for each engine
+        process: bool = True,  # False: learn here and now
+        floor: float = 0.15,  # nothing is followed under this τ_b
+        ranker: bool = False,  # requests have a ranker's scores, and they are followed until they have been judged
+        share: float = 0.02,  # of one core that fits may take, in the process
+        most_waiting: int = 4096,  # finished requests not yet handed over; more are not learned from
+        stale_s: float = 600.0,  # tables of a process that is gone serve so long
+    ) -> None:
+        self.settings = dict(target=target, state=None if state is None else str(state), name=name, floor=floor, ranker=ranker, share=share)
+        self.verdict, self.dropped, self.stale_s = Verdict("ranker" if ranker else None, None, {}), 0, stale_s
+        self.core = None if process else _start_core(self.settings, None)
+        self.child = Child(self.settings, most_waiting) if process else None
+        self.changed = False
+
+    @property
+    def report(self) -> dict[str, Any]:
+        "seen, fits, forgot, follows, tau_b {candidate: (τ_b, lower end of its interval, n)}, cpu_s, dropped, alive."
+        return self.verdict.report | dict(dropped=self.dropped, alive=self.child is None or self.child.alive)
+
+    def seen(self, signals: Signals, length: int, score: float | None = None, quantile: float | None = None, bound: bool = False) -> None:
+        "A request has finished with so many tokens; `bound`: it was broken off, and would have been longer."
+        row = Row(signals, max(1, int(length)), score if score is not None and math.isfinite(score) else None, bound, quantile)
+        if self.core is not None:
+            self.changed |= self.core.see([row])
+        elif self.child is not None and not self.child.give(row):
+            self.dropped += 1
+
+# %% ../nbs/25_learner.ipynb #021f876a
 def _start_core(settings: dict[str, Any], share: float | None = None, fresh: bool = True) -> Core:
     "A core, with the tables in the state's folder when it is `fresh`; a state of another target stays as it is, and none is written."
-    base, path = None, Path(settings["state"] or "") / f"{settings['name']}.safetensors"
+    base, folder = None, Path(settings["state"] or "")
+    path = folder / f"{settings['name']}.safetensors"
+    if not path.exists() and settings["state"]:  # a new engine begins with what its neighbours know
+        path = max(folder.glob("*.safetensors"), key=lambda f: f.stat().st_mtime, default=path)
     if fresh and settings["state"] and path.exists():
         try:
             base, _ = load(path)
@@ -670,9 +763,9 @@ def _start_core(settings: dict[str, Any], share: float | None = None, fresh: boo
         except DataError as e:
             log.warning("PARS: %s", e)
             settings["state"], base = None if base is not None else settings["state"], None
-    return Core(settings["floor"], base, share)
+    return Core(settings["floor"], base, share, settings["ranker"])
 
-
+# %% ../nbs/25_learner.ipynb #9c084c23
 def _keep(core: Core, settings: dict[str, Any]) -> str | None:  # what went wrong
     try:
         keep(core, settings["state"], settings["target"], settings["name"])
@@ -680,15 +773,18 @@ def _keep(core: Core, settings: dict[str, Any]) -> str | None:  # what went wron
         return f"the learner's state can't be written: {first_line(e)}"
     return None
 
-
+# %% ../nbs/25_learner.ipynb #6778bb82
 def serve(fd: int) -> None:
     "The process: rows come through a pipe, verdicts go back. It ends when the pipe does, or its parent."
     import signal
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's; the pipe's end is ours
+    os.nice(10)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))  # off the cores that the engine may be bound to
     pipe, parent = Connection(fd), os.getppid()
     settings, rows = pipe.recv()
-    core, saved = _start_core(settings, settings["share"], fresh=not rows), time.monotonic()
+    core, saved = _start_core(settings, settings["share"], not rows), time.monotonic()
     news, told, quiet = core.see(rows), 0, 0.0
     while os.getppid() == parent:
         try:
@@ -701,7 +797,7 @@ def serve(fd: int) -> None:
         for rows, running in (c for c in came if c is not None):
             core.running = running if running is not None else core.running
             news |= core.see(rows)
-        news |= core.refit()  # what was due while the share of a core was used up
+        news |= core.follows in core.refit()  # what was due while the share of a core was used up
         if news or (told != core.seen and time.monotonic() > quiet):  # a report every few seconds even if nothing changed
             pipe.send((core.verdict(), None))
             news, told, quiet = False, core.seen, time.monotonic() + 2
@@ -714,20 +810,25 @@ def serve(fd: int) -> None:
     if settings["state"]:
         _keep(core, settings)
 
-# %% ../nbs/25_learner.ipynb #eb188d8c
-class Child:
-    "The process that learns, as its engine sees it: two threads, a bounded queue, and the last verdict."
+# %% ../nbs/25_learner.ipynb #82fce1f2
+class Handed:
+    "What is handed to the process, and what came back last."
 
     def __init__(self, settings: dict[str, Any], most_waiting: int = 4096, patience_s: float = 1.0) -> None:
         self.settings, self.patience_s = settings, patience_s
         self.todo: deque[Any] = deque(maxlen=most_waiting)
         self.lately: deque[Row] = deque(maxlen=2048)  # for a process that has to start again
-        self.latest, self.said, self.wake, self.ended = Verdict(None, None, {}), time.monotonic(), threading.Event(), False
+        self.latest, self.said = Verdict("ranker" if settings["ranker"] else None, None, {}), time.monotonic()
+        self.wake, self.ended = threading.Event(), False
         self.process: subprocess.Popen[bytes] | None = None
         threading.Thread(target=self._run, name="pars-learner", daemon=True).start()
 
+    def _run(self) -> None:
+        raise NotImplementedError
+
     @property
     def alive(self) -> bool:
+        "Does the process run?"
         return self.process is not None and self.process.poll() is None
 
     def give(self, row: Any) -> bool:  # False: the queue is full, and an old one was dropped
@@ -744,43 +845,13 @@ class Child:
         return self.latest
 
     def close(self) -> None:
+        "It keeps its state and ends, soon."
         self.ended = True
         self.wake.set()
 
-    def _run(self) -> None:
-        wait = self.patience_s
-        while not self.ended:
-            began = time.monotonic()
-            try:
-                self._attend()
-            except Exception as e:  # the process has died, or can't be started; the engine goes on
-                if not self.ended:
-                    log.warning("PARS: the learner's process has ended (%s); it is started again in %.0f s, the last tables serve meanwhile",
-                                first_line(e), wait)
-            wait = self.patience_s if time.monotonic() - began > 60 else min(60.0, 2 * wait)
-            if not self.ended:
-                time.sleep(wait)
-
-    def _attend(self) -> None:
-        "Start a process and feed it until it ends."
-        ours, theirs = Pipe()
-        root = str(Path(pars_nb.__file__).resolve().parents[1])
-        code = f"import sys; sys.path.insert(0, {root!r}); from pars_nb.learner import serve; serve({theirs.fileno()})"
-        env = os.environ | dict(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
-        self.process = subprocess.Popen(["nice", "-n", "10", sys.executable, "-c", code], pass_fds=[theirs.fileno()], env=env,
-                                        stdin=subprocess.DEVNULL, start_new_session=True)
-        theirs.close()
-        ours.send((self.settings, list(self.lately)))
-        threading.Thread(target=self._listen, args=(ours,), name="pars-learned", daemon=True).start()
-        while not self.ended and self.alive:
-            self.wake.wait(0.5)
-            self.wake.clear()
-            self._hand_over(ours)
-            time.sleep(0.05)  # so that requests go in batches
-        if not self.ended:
-            raise ChildProcessError(f"exit code {self.process.wait()}")
-        ours.send(None)  # good-bye: it keeps its state and ends, which ends the thread that listens, too
-        self.process.wait(10)
+# %% ../nbs/25_learner.ipynb #dd14ace8
+class Fed(Handed):
+    "The two ends of the pipe: rows go out in batches, verdicts come in."
 
     def _hand_over(self, pipe: Connection) -> None:
         rows: list[Row] = []
@@ -806,3 +877,42 @@ class Child:
                     log.warning("PARS: %s", wrong)
         except (EOFError, OSError):
             pass
+
+# %% ../nbs/25_learner.ipynb #b9966403
+class Child(Fed):
+    "The process that learns, started anew when it dies."
+
+    def _run(self) -> None:
+        wait = self.patience_s
+        while not self.ended:
+            began = time.monotonic()
+            try:
+                self._attend()
+            except Exception as e:  # the process has died, or can't be started; the engine goes on
+                if not self.ended:
+                    log.warning("PARS: the learner's process has ended (%s); it is started again in %.0f s, the last tables serve meanwhile",
+                                first_line(e), wait)
+            wait = self.patience_s if time.monotonic() - began > 60 else min(60.0, 2 * wait)
+            if not self.ended:
+                time.sleep(wait)
+
+    def _attend(self) -> None:
+        "Start a process and feed it until it ends."
+        ours, theirs = Pipe()
+        root = str(Path(pars_nb.__file__).resolve().parents[1])
+        code = f"import sys; sys.path.insert(0, {root!r}); from pars_nb.learner import serve; serve({theirs.fileno()})"
+        env = os.environ | dict(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
+        self.process = subprocess.Popen([sys.executable, "-c", code], pass_fds=[theirs.fileno()], env=env,
+                                        stdin=subprocess.DEVNULL, start_new_session=True)
+        theirs.close()
+        ours.send((self.settings, list(self.lately)))
+        threading.Thread(target=self._listen, args=(ours,), name="pars-learned", daemon=True).start()
+        while not self.ended and self.alive:
+            self.wake.wait(0.5)
+            self.wake.clear()
+            self._hand_over(ours)
+            time.sleep(0.05)  # so that requests go in batches
+        if not self.ended:
+            raise ChildProcessError(f"exit code {self.process.wait()}")
+        ours.send(None)  # good-bye: it keeps its state and ends, which ends the thread that listens, too
+        self.process.wait(10)

@@ -18,8 +18,9 @@ from .moved import forwards
 
 # %% ../nbs/21_policy.ipynb #c0469379
 class Policy(Protocol):
-    """Anything that gives a ticket its key; smaller is served first. Two more methods are looked for: `due(ticket)`, the
-    moment from which it goes before all that are not due; and `ratio(ticket, now)`, for an order that changes as time passes."""
+    """Anything that gives a ticket its key; smaller is served first. More methods are looked for: `due(ticket)`, the moment from
+    which it goes before all that are not due; `ratio(ticket, now)`, for an order that changes as time passes; and the three of
+    `tail.Tail`, for an order that depends on how long first come, first served would let a request wait."""
 
     def key(self, t: Ticket) -> float: ...
 
@@ -71,6 +72,11 @@ class Scale:
         if low == high and 0 < low < len(costs):  # between two points
             return (low - 1 + (cost - costs[low - 1]) / (costs[low] - costs[low - 1])) / (len(costs) - 1)
         return min(1.0, max(0.0, (low + high - 1) / 2 / (len(costs) - 1)))
+
+    @property
+    def middle(self) -> float:
+        "The middle cost of those seen; 0 while nothing is known."
+        return self.sorted[len(self.sorted) // 2] if self.sorted else 0.0
 
 # %% ../nbs/21_policy.ipynb #a0ce47a4
 @dataclass(frozen=True)
@@ -124,5 +130,5 @@ class HRRN:
         cost = self.cost(t)
         return 1 + (now - t.arrival) / (self.s_per_unit * max(1e-9, self.middle if cost is None else cost))
 
-# %% ../nbs/21_policy.ipynb #f6fbaef5
+# %% ../nbs/21_policy.ipynb #4cd92c42
 __getattr__ = forwards("policy")  # names that stood here in 0.1

@@ -51,7 +51,15 @@ class Record(BaseModel, frozen=True):
         return any(self.capped)
 
 # %% ../nbs/02_records.ipynb #640ec82b
-ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "model": "assistant", "ai": "assistant"}
+ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "ai": "assistant",
+}
 
 
 class Request(BaseModel, frozen=True):
@@ -74,7 +82,7 @@ def prompt_hash(prompt: str) -> str:
     "A stable 16-digit id for a prompt's text; leading and trailing blanks don't count."
     return hashlib.sha256(prompt.strip().encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
-
+# %% ../nbs/02_records.ipynb #e1765206
 def text_of(content: Any) -> str | None:
     "The text of a message's content: a text, or the text parts of a list; None for anything else."
     if isinstance(content, str):
@@ -83,11 +91,17 @@ def text_of(content: Any) -> str | None:
         content = [content]
     if not isinstance(content, list):
         return None
-    parts = [p if isinstance(p, str) else next((p[k] for k in ("text", "content") if isinstance(p.get(k), str)), "") if isinstance(p, dict) else None
-             for p in content]
+    parts = [
+        p
+        if isinstance(p, str)
+        else next((p[k] for k in ("text", "content") if isinstance(p.get(k), str)), "")
+        if isinstance(p, dict)
+        else None
+        for p in content
+    ]
     return None if None in parts else "\n".join(p for p in parts if p)
 
-# %% ../nbs/02_records.ipynb #e1765206
+# %% ../nbs/02_records.ipynb #9608da8b
 def to_chat(turns: Any, at: Any) -> list[dict[str, Any]]:
     "Turns in any of the usual shapes as OpenAI's `messages`. Raises `DataError`."
     turns = parse_json(turns, at) if isinstance(turns, str) else plain(turns)
@@ -106,12 +120,14 @@ def _message(turn: dict[str, Any], at: Any) -> dict[str, Any]:
         raise DataError(f"{at}: a turn has no role")
     if content is not None and text_of(content) is None:
         raise DataError(f"{at}: the content of a turn ({role}) is neither a text nor a list of parts")
-    if isinstance(content, list) and all(isinstance(p, str) or p.get("type", "text") in ("text", "input_text", "output_text") for p in content):
+    if isinstance(content, list) and all(
+        isinstance(p, str) or p.get("type", "text") in ("text", "input_text", "output_text") for p in content
+    ):
         content = text_of(content)  # nothing but text in its parts: it is that text
     rest = {k: v for k, v in turn.items() if k not in ("role", "from", "content", "value", "parts") and v is not None}
     return dict(role=ROLES.get(role, role), content=content) | rest
 
-
+# %% ../nbs/02_records.ipynb #39a5ea9f
 def as_request(prompt: Any, at: Any = "prompt") -> Request:
     "A text or a chat (a list of turns) as a `Request`. Raises `DataError`."
     prompt = plain(prompt)
@@ -128,12 +144,12 @@ def as_request(prompt: Any, at: Any = "prompt") -> Request:
         return Request(prompt=text)
     return Request(prompt=text, messages=json.dumps(chat, sort_keys=True))
 
-# %% ../nbs/02_records.ipynb #9608da8b
+# %% ../nbs/02_records.ipynb #72eaca6f
 CHATS = ("messages", "conversations", "conversation")
 
 
 def read_request(row: Row) -> Request:
-    "What a row of a file asks: its `messages`, `conversations` or `prompt`. Answers after the last question are left out. Raises `DataError`."
+    "What a row of a file asks: its `messages`, `conversations` or `prompt`, without the answer that ends it. Raises `DataError`."
     values = columns(row)
     if isinstance(values.get("body"), dict):  # a request of a batch file
         values = values["body"]
@@ -147,8 +163,22 @@ def read_request(row: Row) -> Request:
         turns.pop()
     return as_request(turns, row)
 
-# %% ../nbs/02_records.ipynb #82af0dd5
-WHOLE = {"stop", "eos", "eos_token", "end_turn", "end", "stop_sequence", "stop_word", "complete", "completed", "tool_calls", "tool_call", "tool_use", "function_call"}
+# %% ../nbs/02_records.ipynb #c45fcd16
+WHOLE = {
+    "stop",
+    "eos",
+    "eos_token",
+    "end_turn",
+    "end",
+    "stop_sequence",
+    "stop_word",
+    "complete",
+    "completed",
+    "tool_calls",
+    "tool_call",
+    "tool_use",
+    "function_call",
+}
 FAILED = {"error", "failed", "abort", "aborted", "cancelled", "canceled", "incomplete_error", "none", ""}
 
 
@@ -167,7 +197,7 @@ def prompt_id(values: dict[str, Any], request: Request, at: Any) -> str:
         raise DataError(f"{at}: prompt_id is neither a text nor a number")
     return str(int(v)) if isinstance(v, float) and v.is_integer() else str(v)
 
-
+# %% ../nbs/02_records.ipynb #19b44cad
 class Ids:
     "Which prompt each id stands for. Raises `DataError` for an id with two."
 
@@ -181,7 +211,7 @@ class Ids:
             raise DataError(f"{at}: prompt_id {key!r} stood for another prompt in {str(before).rpartition(': ')[2]}; an id is one prompt: "
                             "give each its own, or leave the column out")
 
-# %% ../nbs/02_records.ipynb #8584a9a3
+# %% ../nbs/02_records.ipynb #3560bd2d
 def _run(row: Row) -> dict[str, Any]:
     "One checked run. Raises `DataError` naming the row."
     values = columns(row, ["model", "response_tokens"])
@@ -200,7 +230,7 @@ def _run(row: Row) -> dict[str, Any]:
                 counter="unknown" if blank(values.get("token_source")) else str(values["token_source"]),
                 prompt_tokens=None if missing(n) else read_count(n, "prompt_tokens", row))
 
-
+# %% ../nbs/02_records.ipynb #23117c76
 def from_rows(
     rows: Iterable[Row],
     source: str,  # what to call it in errors
@@ -219,25 +249,34 @@ def from_rows(
         raise DataError(f"{source}: no rows for model {model!r}; it has {sorted({m for _, m in groups})}")
     return [_record(g) for g in wanted.values()]
 
-
+# %% ../nbs/02_records.ipynb #632cfd8c
 def _record(runs: list[dict[str, Any]]) -> Record:
     first = runs[0]
     if other := next((r for r in runs if r["counter"] != first["counter"]), None):
-        raise DataError(f"{other['at']}: the tokens of prompt {first['id']!r} were counted by {other['counter']!r}, and by {first['counter']!r} before; "
-                        "lengths of two counters can't be compared: keep one")
+        raise DataError(
+            f"{other['at']}: the tokens of prompt {first['id']!r} were counted by {other['counter']!r}, before by {first['counter']!r}; "
+            "lengths of two counters can't be compared: keep one"
+        )
     if all(r["order"] is not None for r in runs):
         runs = sorted(runs, key=_order)
-    return Record(prompt_id=first["id"], prompt=first["request"].prompt, messages=first["request"].messages, model=first["model"],
-                  lengths=tuple(r["length"] for r in runs), capped=tuple(r["capped"] for r in runs), token_source=first["counter"],
-                  prompt_tokens=first["prompt_tokens"])
+    return Record(
+        prompt_id=first["id"],
+        prompt=first["request"].prompt,
+        messages=first["request"].messages,
+        model=first["model"],
+        lengths=tuple(r["length"] for r in runs),
+        capped=tuple(r["capped"] for r in runs),
+        token_source=first["counter"],
+        prompt_tokens=first["prompt_tokens"],
+    )
 
 
 def _order(run: dict[str, Any]) -> Any:
     return run["order"]
 
-# %% ../nbs/02_records.ipynb #c45fcd16
+# %% ../nbs/02_records.ipynb #4ef32bc4
 def from_frame(
-    df: Any,  # a pandas frame or a list of dicts, in long format: `prompt`, `model`, `response_tokens`, and maybe `prompt_id`, `run`, `capped`, …
+    df: Any,  # a pandas frame or list of dicts, in long format: `prompt`, `model`, `response_tokens`, maybe `prompt_id`, `run`, `capped`
     source: str = "frame",  # what to call it in errors
     model: str | None = None,  # keep this model's rows only
 ) -> list[Record]:  # one per (prompt, model), in order of first appearance
@@ -247,7 +286,7 @@ def from_frame(
         raise DataError(f"{source}: no column {lacks}; it has {list(df.columns)}")
     return from_rows((Row(i, None, r, source) for i, r in enumerate(rows)), source, model)
 
-# %% ../nbs/02_records.ipynb #983c2175
+# %% ../nbs/02_records.ipynb #57e479d3
 def read(
     path: str | Path,  # recorded lengths (.jsonl, .json, .csv, .parquet, each may be .gz), or a folder that `pars collect` wrote
     model: str | None = None,  # keep this model's rows only
@@ -269,7 +308,7 @@ def write_jsonl(records: Iterable[Record], path: str | Path) -> None:
             for i, (n, c) in enumerate(zip(r.lengths, r.capped, strict=True)):
                 f.write(json_line(base | {"run": i, "response_tokens": n, "capped": c}))
 
-# %% ../nbs/02_records.ipynb #9a8dbdbd
+# %% ../nbs/02_records.ipynb #9996d9c7
 def from_responses(
     rows: Iterable[dict[str, Any]],  # any iterable of dicts, e.g. a `datasets.Dataset`
     prompt: str | Sequence[str],  # column(s) of the prompt; several are joined by a blank line, empty ones left out
@@ -287,7 +326,9 @@ def from_responses(
         raise DataError(f"{bad}: {response} is not a text")
     counts, name = count_tokens([v[response] for v in values], tokenizer)
     texts = ["\n\n".join(str(v[c]) for c in names if not blank(v[c])) for v in values]
-    return from_frame([dict(prompt=t, model=model, response_tokens=n, token_source=name) for t, n in zip(texts, counts, strict=True)], "responses")
+    return from_frame(
+        [dict(prompt=t, model=model, response_tokens=n, token_source=name) for t, n in zip(texts, counts, strict=True)], "responses"
+    )
 
 
 def count_tokens(texts: Sequence[str], tokenizer: Any) -> tuple[list[int], str]:  # counts (at least 1), the tokenizer's name
@@ -298,7 +339,7 @@ def count_tokens(texts: Sequence[str], tokenizer: Any) -> tuple[list[int], str]:
         counts += [max(1, len(o)) for o in tokenizer(list(texts[i : i + 1000]), add_special_tokens=False)["input_ids"]]
     return counts, getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
 
-
+# %% ../nbs/02_records.ipynb #5fc2c41f
 def load_tokenizer(name: str) -> Any:
     "A tokenizer from a folder or the hub. Raises `DataError`."
     from transformers import AutoTokenizer
@@ -324,7 +365,7 @@ def read_hub(
 
     return from_responses(load_dataset(name, split=split, revision=revision), prompt, response, tokenizer, model)
 
-# %% ../nbs/02_records.ipynb #5fc2c41f
+# %% ../nbs/02_records.ipynb #fb8e89f0
 def unit_hash(text: str, seed: int = 0) -> float:
     "A number in [0, 1) that depends on nothing but `text` (blanks at the ends aside) and `seed`."
     h = hashlib.sha256(f"{seed}\0{text.strip()}".encode("utf-8", "surrogatepass")).digest()
@@ -347,7 +388,7 @@ def split(
         parts[int(np.searchsorted(edges, unit_hash(r.prompt, seed), side="right"))].append(r)
     return parts
 
-# %% ../nbs/02_records.ipynb #c78dfbfc
+# %% ../nbs/02_records.ipynb #932c8436
 def held_out(records: Sequence[Record], seed: int = 0) -> list[Record]:
     "The records that a ranker trained with this seed has not learned from."
     return [r for part in split(records, seed=seed)[1:] for r in part]
@@ -359,7 +400,7 @@ def draw(records: Sequence[Record], n: int | None, seed: int = 0) -> list[Record
         return list(records)
     return random.Random(seed).sample(list(records), n)
 
-# %% ../nbs/02_records.ipynb #fb8e89f0
+# %% ../nbs/02_records.ipynb #2b10d54f
 def one_model(records: Sequence[Record]) -> list[Record]:
     "The records, which are all of one model. Raises `DataError` where they are not."
     models = sorted({r.model for r in records})
@@ -367,7 +408,7 @@ def one_model(records: Sequence[Record]) -> list[Record]:
         raise DataError(f"lengths of {len(models)} models: {models[:5]}; choose one with --target (lengths of two models make no order)")
     return list(records)
 
-# %% ../nbs/02_records.ipynb #932c8436
+# %% ../nbs/02_records.ipynb #0b3c4830
 def fingerprint(records: Iterable[Record]) -> str:
     "16 hex digits that change when a prompt, model, length or capped flag does; the order does not matter."
     rows = sorted(json.dumps([r.prompt, r.model, r.lengths, r.capped, *([r.messages] if r.messages else [])]) for r in records)

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, Field, ValidationError
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.request import Request, RequestStatus
 
@@ -29,9 +29,10 @@ from .lane import Express
 from .learner import Learner
 from .meters import Meters, State
 from .moved import forwards
-from .policy import FCFS, HRRN, PARS, SJF, Policy, Scale, Threshold
+from .policy import FCFS, HRRN, Policy, SJF, Scale, Threshold
 from .score import ScoreThread
 from .signals import Marks, Reader
+from .tail import Tail
 from .trust import Trust
 from .waiting import PolicyQueue
 
@@ -39,12 +40,13 @@ from .waiting import PolicyQueue
 log = logging.getLogger("vllm.pars_nb")
 
 
-class PARSConfig(BaseModel, extra="forbid"):
+class PARSConfig(BaseModel, extra="forbid", populate_by_name=True):
     "What `--additional-config '{\"pars\": {…}}'` may hold."
     ranker: str | None = None  # a folder that `pars train` wrote, or the URL of a `pars score-server`; None: no scores, hence FCFS
     policy: Literal["pars", "fcfs", "sjf", "threshold", "hrrn"] = "pars"
-    max_overtake_s: float = Field(60.0, ge=0, allow_inf_nan=False)  # pars, threshold: the bound; 0: FCFS
-    express_share: float = Field(0.1, gt=0, le=1)  # pars: how much of the work may go ahead, the predicted-shortest first; 1: all, as in the paper
+    tail: float = Field(1.05, ge=0)  # pars: how long a request may wait, in what FCFS makes requests wait now; 0: FCFS and the lane
+    lane: float = Field(0.05, ge=0, le=1, validation_alias=AliasChoices("lane", "express_share"))  # share of the work that always goes ahead
+    max_overtake_s: float = Field(60.0, ge=0, allow_inf_nan=False)  # none is passed by one that came later than this; 0: FCFS
     mode: Literal["on", "shadow"] = "on"  # shadow: serve FCFS, but score and measure
     min_tau: float = Field(0.15, ge=0, lt=1)  # under this rolling τ_b the order is followed less, under half of it not at all; 0: no guard
     tau_window: int = Field(256, ge=50)  # finished requests that the rolling τ_b looks at
@@ -70,14 +72,15 @@ def read_config(additional_config: Any) -> PARSConfig:
         raise ValueError(f"--additional-config 'pars': {e}\nknown keys: {', '.join(PARSConfig.model_fields)}") from e
 
 # %% ../nbs/29_scheduler.ipynb #c1c5aae3
-def make_policy(cfg: PARSConfig, scale: Scale, cost: Cost = by_score, express: float = 1.0) -> Policy:
-    "The policy that the settings name; `express` is where its lane ends, and at 0 it is FCFS."
+def make_policy(cfg: PARSConfig, scale: Scale, cost: Cost = by_score, express: Express | None = None, trust: float = 1.0) -> Policy:
+    "The policy that the settings name, followed as far as `trust` goes (0 to 1); at 0 it is FCFS."
     if cfg.policy == "fcfs":
         return FCFS()
-    if express <= 0 or cfg.mode == "shadow":
-        return PARS(scale, cfg.max_overtake_s, cost, 0.0)  # no lane: first come, first served, that goes on learning what costs are like
+    express, followed = express or Express(cfg.lane), trust if cfg.mode == "on" else 0.0
     others: dict[str, Policy] = dict(sjf=SJF(cost), threshold=Threshold(cfg.max_overtake_s, cost), hrrn=HRRN(cost))
-    return others.get(cfg.policy) or PARS(scale, cfg.max_overtake_s, cost, express)
+    if followed and cfg.policy in others:
+        return others[cfg.policy]
+    return Tail(scale, followed * cfg.tail, cost, followed * express.quantile * (cfg.lane > 0), express.work, cfg.max_overtake_s)
 
 
 def client_score(request: Request) -> float | None:
@@ -108,14 +111,14 @@ class OrderedScheduler(AsyncScheduler):
         self.scores = start_scorer(c, self.vllm_config.model_config)
         self.reader, self.foresight = start_learning(self)
         self.scale = Scale(self.scores.meta.length_quantiles)  # of costs: tokens where there are tables, else scores as they come
-        self.express = Express(c.express_share, self.scores.meta.work_shares)
+        self.express = Express(c.lane, self.scores.meta.work_shares)
         self.trust = Trust(c.min_tau, c.tau_window)
         self.meters = Meters(self.parallel_config.data_parallel_index, c.log_every_s)
         self.waiting.q.set_policy(self.policy_now())
 
     def policy_now(self) -> Policy:
         "The policy, as far as what is followed is trusted now."
-        return make_policy(self.pars, self.scale, self.foresight.cost, self.trust.value * self.express.quantile)
+        return make_policy(self.pars, self.scale, self.foresight.cost, self.express, self.trust.value)
 
     def _free_request(self, request: Request, *args: Any, **kw: Any) -> Any:
         t = self.waiting.q.tickets.get(request)
@@ -159,7 +162,7 @@ class TaughtScheduler(OrderedScheduler):
 
 # %% ../nbs/29_scheduler.ipynb #a4dacac0
 class AskingScheduler(TaughtScheduler):
-    "Asks the scorer about those that wait, and shows what the queue does."
+    "Asks the scorer about those that wait, and puts them in their places."
     asked: dict[Request, float]  # handed to the scorer, and when
 
     def ended(self, request: Request, t: Ticket, length: int, aborted: bool) -> None:
@@ -192,6 +195,10 @@ class AskingScheduler(TaughtScheduler):
             self.meters.inc("none" if score is None else "scored")
             self.meters.m["score_seconds"].observe(max(0.0, now - since))
 
+# %% ../nbs/29_scheduler.ipynb #c38f0385
+class ShownScheduler(AskingScheduler):
+    "What `/metrics` and the log show, and what the learner hears of those that run; four times a second at most."
+
     def count(self, admitted: list[Any], now: float) -> None:
         "What the step did to those that waited."
         q, oldest = self.waiting.q, self.waiting.q.oldest()
@@ -204,10 +211,6 @@ class AskingScheduler(TaughtScheduler):
         self.meters.inc("promotions", q.promoted)
         q.promoted = 0
         self.meters.poll(log, partial(self.state, now))
-
-# %% ../nbs/29_scheduler.ipynb #c38f0385
-class ShownScheduler(AskingScheduler):
-    "What `/metrics` and the log show, and what the learner hears of those that run; four times a second at most."
 
     def state(self, now: float) -> State:
         "The gauges."
@@ -336,7 +339,8 @@ def start_learning(scheduler: OrderedScheduler) -> tuple[Reader | None, Switchin
     if not c.learn or c.policy == "fcfs":
         return None, Switching(None, table, c.prefill_token)
     target = f"{model.model} with the tokenizer {model.tokenizer}"
-    start = partial(Learner, target, c.state, f"rank{scheduler.parallel_config.data_parallel_index}", not c.learn_inline)
+    told = scheduler.scores.thread is not None or c.client_scores
+    start = partial(Learner, target, c.state, f"rank{scheduler.parallel_config.data_parallel_index}", not c.learn_inline, ranker=told)
     foresight: Switching[Request] = Switching(start, table, c.prefill_token)
     if c.state:
         foresight.learner = start()  # what it knows already is followed from the first request on

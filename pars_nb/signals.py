@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SLOTS', 'GOLDEN', 'PAIR', 'PLACE', 'PREFIXES', 'SUFFIXES', 'Signals', 'Marks', 'slots', 'overlap', 'Boilerplate',
-           'rfind', 'last_turn', 'hashed', 'Reader']
+           'rfind', 'last_turn', 'hashed', 'Hashes', 'Reader']
 
 # %% ../nbs/24_signals.ipynb #094d0fca
 import zlib
@@ -113,33 +113,13 @@ def hashed(*parts: int | str | float | None) -> int:
     return zlib.crc32(repr(parts).encode()) & 0x7FFFFFFF
 
 
-class Reader:
-    "Reads the signals of requests, one after another."
+class Hashes:
+    "Hashes of where a prompt begins and ends, its turns, and what was asked for beside it."
+
 
     def __init__(self, marks: Marks = Marks(), head: int = 96, tail: int = 32, use_max_tokens: bool = True) -> None:
         self.marks, self.head, self.tail, self.use_max_tokens = marks, head, tail, use_max_tokens
         self.boilerplate, self.memo = Boilerplate(), {}  # type: tuple[Boilerplate, dict[tuple, tuple[int, ...]]]
-
-    def __call__(
-        self,
-        ids: Sequence[int],  # the prompt
-        max_tokens: int | None = None,
-        temperature: float | None = None,
-        structured: bool = False,  # is the output bound to a grammar or schema?
-        stop: Iterable[str] = (),
-        lora: str | None = None,
-        n: int = 1,
-    ) -> Signals:
-        "What the request shows. Never raises on any list of ids, the empty one included."
-        ids = ids if isinstance(ids, list) else list(ids)
-        start, end = last_turn(ids, self.marks) if self.marks.user or self.marks.end else (0, len(ids))
-        shared = self.boilerplate(ids)
-        start = shared if start < shared < end else start
-        own = ids[start:end]
-        head = own if len(own) <= self.head + self.tail else own[: self.head] + own[-self.tail :]
-        most = max_tokens if self.use_max_tokens and max_tokens else 0
-        marks = (*self._ends(ids), *self._turns(ids, start), *self._asked(most, temperature, structured, tuple(stop), lora, n))
-        return Signals(slots(head), self._beginnings(ids), marks, len(ids), end - start, most)
 
     def _beginnings(self, ids: list[int]) -> tuple[int, ...]:
         first = tuple(ids[: PREFIXES[0]])
@@ -165,3 +145,28 @@ class Reader:
             names = ("most", "temperature", "structured", "stop", "lora", "n")
             marks = self.memo[asked] = tuple(hashed(k, str(v)) for k, v in zip(names, asked, strict=True))
         return marks
+
+# %% ../nbs/24_signals.ipynb #965522b2
+class Reader(Hashes):
+    "Reads the signals of requests, one after another."
+
+    def __call__(
+        self,
+        ids: Sequence[int],  # the prompt
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        structured: bool = False,  # is the output bound to a grammar or schema?
+        stop: Iterable[str] = (),
+        lora: str | None = None,
+        n: int = 1,
+    ) -> Signals:
+        "What the request shows. Never raises on any list of ids, the empty one included."
+        ids = ids if isinstance(ids, list) else list(ids)
+        start, end = last_turn(ids, self.marks) if self.marks.user or self.marks.end else (0, len(ids))
+        shared = self.boilerplate(ids)
+        start = shared if start < shared < end else start
+        own = ids[start:end]
+        head = own if len(own) <= self.head + self.tail else own[: self.head] + own[-self.tail :]
+        most = max_tokens if self.use_max_tokens and max_tokens else 0
+        marks = (*self._ends(ids), *self._turns(ids, start), *self._asked(most, temperature, structured, tuple(stop), lora, n))
+        return Signals(slots(head), self._beginnings(ids), marks, len(ids), end - start, most)

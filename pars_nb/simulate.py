@@ -8,7 +8,7 @@ __all__ = ['EngineModel', 'Requests', 'check', 'Simulated', 'policy_arrays', 'si
 
 # %% ../nbs/33_simulate.ipynb #94c346de
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -110,15 +110,18 @@ def _tickets(requests: Requests) -> Iterator[Ticket]:
         yield Ticket(arrival=arrival, seq=i, score=score_i, spread=spread_i, prefill=prompt)
 
 
-def policy_arrays(requests: Requests, policy: Policy) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # keys, due times, service times
-    "What the policy says of each request; the last two are empty where it has no `due` or `ratio`."
-    none, tickets = np.array([], float), _tickets(requests)
+def policy_arrays(requests: Requests, policy: Any) -> dict[str, Any]:  # `key`, and what else `new_world` needs
+    "What the policy says of each request, in order of arrival: arrays of shape (n,), and `tail`."
+    tickets = _tickets(requests)
     if hasattr(policy, "ratio"):  # 1 + wait / service, so a wait of 1 s tells the service
-        return np.asarray(requests.arrival, float), none, np.array([1 / (policy.ratio(t, t.arrival + 1) - 1) for t in tickets])
+        return dict(key=requests.arrival, service=[1 / (policy.ratio(t, t.arrival + 1) - 1) for t in tickets])
     if hasattr(policy, "due"):
         key, due = np.array([(policy.key(t), policy.due(t)) for t in tickets], float).T
-        return key, due, none
-    return np.array([policy.key(t) for t in tickets], float), none, none
+        return dict(key=key, due=due)
+    if hasattr(policy, "claim"):
+        key, claim, lane = zip(*((policy.key(t), policy.claim(t), policy.lane(t)) for t in tickets), strict=True)
+        return dict(key=key, claim=claim, lane=lane, tail=(policy.tail, policy.max_overtake_s))
+    return dict(key=[policy.key(t) for t in tickets])
 
 # %% ../nbs/33_simulate.ipynb #cec2ff0b
 def simulate(
@@ -133,9 +136,8 @@ def simulate(
     check(requests, engine)
     if routing not in ROUTING:
         raise DataError(f"no routing {routing!r}; there are {', '.join(ROUTING)}")
-    key, due, service = policy_arrays(requests, policy or FCFS())
-    world = new_world(engine.limits(), requests.arrival, requests.prompt, requests.output, key, requests.priority, due, service,
-                      replicas, queues=1 if routing == "shared" else replicas)
+    world = new_world(engine.limits(), requests.arrival, requests.prompt, requests.output, priority=requests.priority, replicas=replicas,
+                      queues=1 if routing == "shared" else replicas, **policy_arrays(requests, policy or FCFS()))
     drive(world, ROUTING[routing])
     done, counts = world.progress, world.counts
     return Simulated(requests, done.start, done.first, done.last, preemptions=int(counts.preemptions.sum()),

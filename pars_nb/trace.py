@@ -31,8 +31,6 @@ class Layout(NamedTuple):
     unit: str = "s"  # of times that are numbers
     also: tuple[str, ...] = ()  # more columns that it must have
     never: tuple[str, ...] = ()  # and such as it must not have
-
-
 LAYOUTS = (
     Layout("timestamp_s", "timestamp_s", "prompt_tokens", "response_tokens"),
     Layout("timestamp_s", "timestamp_s", "prompt_tokens", "output_tokens"),
@@ -46,7 +44,7 @@ LAYOUTS = (
     Layout("vllm bench serve", "start_times", "input_lens", "output_lens"),
 )
 
-
+# %% ../nbs/34_trace.ipynb #c9216a93
 def layout_of(names: Iterable[str], at: Any) -> Layout:
     "The layout that has these columns (upper and lower case alike). Raises `DataError` for none."
     have = {str(n).strip().lower(): n for n in names}
@@ -69,7 +67,7 @@ def named_columns(text: str) -> dict[str, str]:  # time, prompt, output → colu
         raise DataError(f"--columns {text!r}: name three, like time=ts:ms,prompt=n_in,output=n_out")
     return pairs
 
-# %% ../nbs/34_trace.ipynb #1f3962fc
+# %% ../nbs/34_trace.ipynb #9212f8bd
 @dataclass
 class Trace:
     "Requests, and what was left out."
@@ -96,11 +94,12 @@ def _exploded(rows: Iterable[Row]) -> Iterator[Row]:
         for entry in zip(*lists.values(), strict=True):
             yield Row(row.number, row.line, dict(zip(lists, entry, strict=True)), row.source)
 
-
+# %% ../nbs/34_trace.ipynb #badd569a
 def load_trace(
     path: str | Path,  # .csv, .jsonl, .json or .parquet, each may be .gz
     limit: int = 100_000,  # the first so many by arrival
-    names: Mapping[str, str] | None = None,  # `time`, `prompt`, `output` → column, where the format is none that we know; `time` may be `ts:ms`
+    names: Mapping[str, str]
+    | None = None,  # `time`, `prompt`, `output` → column, where the format is none that we know; `time` may be `ts:ms`
 ) -> Trace:
     "A trace with a count of what was left out. Raises `DataError` naming the row or what is missing, FileNotFoundError for no file."
     if limit < 1:
@@ -115,11 +114,13 @@ def load_trace(
 
 
 def _by_name(first: Row, names: Mapping[str, str]) -> Layout:
-    time, _, unit = names["time"].rpartition(":") if names["time"].rpartition(":")[2] in ("s", "ms", "us", "ns") else (names["time"], "", "s")
+    time, _, unit = (
+        names["time"].rpartition(":") if names["time"].rpartition(":")[2] in ("s", "ms", "us", "ns") else (names["time"], "", "s")
+    )
     columns(first, [time, names["prompt"], names["output"]])
     return Layout("columns as named", time, names["prompt"], names["output"], unit)
 
-# %% ../nbs/34_trace.ipynb #9212f8bd
+# %% ../nbs/34_trace.ipynb #38f82a32
 def _requests(rows: Iterable[Row], layout: Layout, name: str, limit: int) -> Trace:
     clock, at, prompt, output = Clock(layout.time, layout.unit), array("q"), array("q"), array("q")
     dropped: Counter[str] = Counter()
@@ -151,7 +152,7 @@ def _incomplete(values: dict[str, Any], layout: Layout) -> str:
             return f"without {what}"
     return ""
 
-
+# %% ../nbs/34_trace.ipynb #18efb0a8
 def read_trace(path: str | Path, limit: int = 100_000, names: Mapping[str, str] | None = None) -> Requests:
     "`load_trace`'s requests; what was left out is a warning."
     trace = load_trace(path, limit, names)

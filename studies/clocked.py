@@ -106,7 +106,7 @@ def loads(ranker: Ranker, data: Data, trace: Trace, engine: EngineFile, target: 
     "Every queue at every load; and the simulator beside vLLM's scheduler, for FCFS and the oracle."
     c, records, facts, rows = Clock(engine, trace), unseen(data, target, ranker), open_ranker(ranker, "torch"), []
     rates: list[float] = []
-    queues = variants(str(ranker), priority=True) | {"PARS, all go ahead": variants(str(ranker), express_share=1.0)["PARS"]}
+    queues = variants(str(ranker), priority=True) | {"PARS, all go ahead": variants(str(ranker), tail=1e9, max_overtake_s=1e9)["PARS"]}
     simulated: dict[str, Policy] = {CONTROL: FCFS(), "Oracle SJF": SJF()}
     whats: list[Any] = ["burst", *rho]
     for what in whats:
@@ -165,7 +165,8 @@ def harm(data: Data, trace: Trace, engine: EngineFile, target: str | None = None
     "Useless and reversed scores, which the clients send: those who come in the second half, when the guard has had its requests to judge by."
     c, records, rows = Clock(engine, trace), unseen(data, target, None), []
     queues = {CONTROL: ours(policy="fcfs"), "PARS": ours(client_scores=True), "no guard": ours(client_scores=True, min_tau=0.0),
-              "no guard, no lane": ours(client_scores=True, min_tau=0.0, express_share=1.0), "shadow": ours(client_scores=True, mode="shadow")}
+              "no guard, all go": ours(client_scores=True, min_tau=0.0, tail=1e9, max_overtake_s=1e9),
+              "shadow": ours(client_scores=True, mode="shadow")}
     w = make_workload(records, requests, seed=0, max_tokens=max_tokens)
     rate = pace(c.run(w.model_copy(update=dict(scores=[0.0] * requests)), queues[CONTROL]))
     for load in rho:

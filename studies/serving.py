@@ -41,7 +41,7 @@ def load(ranker: Ranker, data: Data, trace: Trace, target: str | None = None, na
     if student:  # the same queue, with the cheap ranker in it
         queues["PARS (student)"] = variants(str(student))["PARS"]
     queues["PARS, scores sent"] = variants(str(ranker), client_scores=True)["PARS"]
-    queues["PARS, all go ahead"] = variants(str(ranker), express_share=1.0)["PARS"]
+    queues["PARS, all go ahead"] = variants(str(ranker), tail=1e9, max_overtake_s=1e9)["PARS"]
     if null:
         queues["FCFS (our class), again"] = queues[CONTROL]
     queues, told = {k: v for k, v in queues.items() if k not in leave_out}, ("priority (stock), offline scores", "PARS, scores sent")
@@ -79,7 +79,8 @@ def harm(data: Data, target: str | None = None, requests: int = 1000, seeds: int
     judges; and the same without a guard, without a guard and a lane, and in the shadow."""
     records, settings, rows = unseen(data, target, None), EngineSettings(max_num_seqs=max_num_seqs), []
     queues = {CONTROL: ours(policy="fcfs"), "PARS": ours(client_scores=True), "no guard": ours(client_scores=True, min_tau=0.0),
-              "no guard, no lane": ours(client_scores=True, min_tau=0.0, express_share=1.0), "shadow": ours(client_scores=True, mode="shadow")}
+              "no guard, all go": ours(client_scores=True, min_tau=0.0, tail=1e9, max_overtake_s=1e9),
+              "shadow": ours(client_scores=True, mode="shadow")}
     def burst(n, kind, seed):
         w, rng = make_workload(records, n, seed=seed, max_tokens=max_tokens, name=f"{kind} scores"), np.random.default_rng(seed)
         return w.model_copy(update=dict(scores=rng.random(n).tolist() if kind == "random" else [-float(n) for n in w.lengths]))

@@ -1,0 +1,192 @@
+"""Two replicas of the embedded LLM behind Ray's OpenAI ingress, four routers: the measurements behind nbs/57_fleet.ipynb. Each command
+writes one JSON into results/fleet.
+
+    python studies/fleet.py demo
+"""
+import asyncio
+import logging
+import os
+import random
+import time
+
+from typing import Any
+
+import numpy as np
+import typer
+from common import RESULTS, rotated, write
+
+from pars_nb.fleet import ROUTERS, FleetSettings, down, fleet_config, up
+from pars_nb.latency import Served, summarise
+from pars_nb.order import tau_b
+from pars_nb.workload import Workload
+
+app = typer.Typer(add_completion=False)
+OUT = RESULTS / "fleet"
+SHOWN = ["mean_ntpot_ms", "p99_ntpot_ms", "mean_e2el_ms", "p99_e2el_ms"]
+# the embedded LLM's own words: two beginnings that many requests share
+BEGINNINGS = ["i am writing a book for children and i need some help . " * 4, "listen well and do only what i say . " * 6]
+
+
+@app.callback()
+def studies():
+    "One command a measurement."
+
+
+def heavy_tailed(n, seed, most, noise, rate=None):
+    "Lengths with log n uniform up to `most`, and scores: the length times a log-normal error. A burst, or Poisson arrivals at `rate`."
+    rng = random.Random(seed)
+    lengths = [max(1, int(most ** rng.random())) for _ in range(n)]
+    scores = [k * np.exp(rng.gauss(0, noise)) for k in lengths]
+    at = np.cumsum([rng.expovariate(rate) for _ in range(n)]).tolist() if rate else [0.0] * n
+    prompts = [f"{rng.choice(BEGINNINGS)}count to {k} ." for k in lengths]
+    return Workload(name="stream" if rate else "burst", seed=seed, arrivals=at, prompts=prompts, lengths=lengths, scores=scores)
+
+
+async def play(url, w, router):
+    "Send the requests at their times, and wait for all: what the client saw."
+    import httpx
+
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=None)) as client:
+        start = time.perf_counter() + 0.2
+
+        async def one(i):
+            due = start + w.arrivals[i]
+            await asyncio.sleep(due - time.perf_counter())
+            body = dict(model="tiny", prompt=w.prompts[i], max_tokens=w.lengths[i], ignore_eos=True, temperature=0,
+                        vllm_xargs=dict(pars_score=w.scores[i], route_by=router))
+            answer = (await client.post("completions", json=body)).raise_for_status().json()
+            assert answer["usage"]["completion_tokens"] == w.lengths[i]
+            now = time.perf_counter()
+            return Served(arrival=due, first=now, last=now, output_tokens=w.lengths[i])
+
+        return await asyncio.gather(*(one(i) for i in range(len(w.arrivals))))
+
+
+def one_run(url, w, router):
+    "The figures that are shown, and how fast it went."
+    s = summarise(asyncio.run(play(url, w, router)))
+    tau = tau_b(np.array(w.scores), np.array(w.lengths))
+    return dict(router=router, workload=w.name, seed=w.seed, tau_b=tau, duration=s["duration"], throughput=s["request_throughput"],
+                **{k: s[k] for k in SHOWN})
+
+
+@app.command()
+def demo(requests: int = 120, seeds: int = 3, most: int = 400, noise: float = 0.5, rho: float = 0.8, seqs: int = 8, port: int = 8017):
+    """Two replicas; a burst and a stream through each of four routers, which take turns on the same replicas (`pars_nb.switch`). ρ = 1 is
+    the burst's pace under Ray's default router, seed by seed."""
+    import ray
+
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request
+    began, rows, names = time.time(), [], list(ROUTERS)
+    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+    quiet = dict(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(address="local", num_cpus=8, object_store_memory=200_000_000, **quiet)
+    # float32: on some processors bfloat16 ends in an illegal instruction
+    engine = dict(dtype="float32", max_num_seqs=seqs, max_model_len=2048, max_num_batched_tokens=2048)
+    s = FleetSettings(kind="cpu", name="tiny", router="pars_nb.switch:SwitchRouter", client_scores=True, port=port, engine=engine)
+    url = up(fleet_config(s))
+    for router in names:
+        one_run(url, heavy_tailed(24, 999, most, noise), router)  # warm-up
+    for seed in range(seeds):
+        order = rotated(names, seed)
+        rows += [show(began, one_run(url, heavy_tailed(requests, seed, most, noise), router)) for router in order]
+        pace = next(r["throughput"] for r in rows if (r["seed"], r["router"], r["workload"]) == (seed, "power-of-two", "burst"))
+        rows += [show(began, one_run(url, heavy_tailed(requests, 100 + seed, most, noise, rho * pace), router)) for router in order]
+    down()
+    for r in rows:
+        r["seed"] %= 100
+    table, seconds = ratios(rows), time.time() - began
+    print(table.to_string())
+    write("fleet/demo", requests=requests, most=most, noise=noise, rho=rho, max_num_seqs=seqs, seconds=seconds, runs=rows)
+    table.round(3).to_csv(OUT / "demo.csv")
+    figure(rows).savefig(OUT / "demo.png", dpi=100)
+
+
+def show(began, row):
+    "A line for whoever waits."
+    shown = " ".join(f"{k} {row[k]:.0f}" for k in SHOWN)
+    print(f"{time.time() - began:5.0f} s  {row['workload']:6} {row['seed']:3} {row['router']:15} {shown}", flush=True)
+    return row
+
+
+def ratios(rows):
+    "Median over seeds, and the median of the ratios to Ray's default on the same requests."
+    import pandas as pd
+
+    runs = pd.DataFrame(rows).set_index(["workload", "seed", "router"])[SHOWN]
+    to = runs.xs("power-of-two", level="router")
+    ratio = runs / to.reindex(runs.index.droplevel("router")).to_numpy()
+    keys = ["workload", "router"]
+    return runs.groupby(level=keys, sort=False).median().join(ratio.groupby(level=keys, sort=False).median().add_suffix(" ratio"))
+
+
+def figure(rows):
+    "A dot is a seed: the ratio to Ray's default router on the same requests."
+    import matplotlib.pyplot as plt
+    import pandas as pd
+    import seaborn as sns
+
+    runs = pd.DataFrame(rows).set_index(["workload", "seed", "router"])[SHOWN]
+    to = runs.xs("power-of-two", level="router")
+    ratio = (runs / to.reindex(runs.index.droplevel("router")).to_numpy()).reset_index().melt(["workload", "seed", "router"])
+    g = sns.catplot(ratio[ratio.router != "power-of-two"], x="value", y="variable", hue="router", col="workload", height=2.8, aspect=1.6)
+    g.refline(x=1)
+    g.set(xlabel="ratio to power-of-two", ylabel="")
+    plt.close(g.figure)
+    return g.figure
+
+
+@app.command()
+def plan(requests: int = 50_000, seeds: int = 5, large: bool = True):
+    """Past this machine, on the nominal clock (`fleet_sim.py`): five routers, fleets of 2 to 1,000 replicas, loads, heavy tails, two
+    speeds, prompts that begin alike, predictions that are worth nothing, replicas that serve first come, first served."""
+    from fleet_sim import ROUTERS as rules
+    from fleet_sim import Fleet, figures, same_as_router, traffic
+    from fleet_sim import play as simulated
+
+    agree, asked = same_as_router()
+    assert agree == asked, "the loop is not the router"
+    base = Fleet()
+    cases: dict[str, tuple[Fleet, dict[str, Any]]] = {}
+    for rho in (0.8, 0.95, 1.05, float("inf")):
+        load = "burst" if rho == float("inf") else f"ρ {rho:g}"
+        cases |= {f"{r} replicas, {load}": (base._replace(replicas=r), dict(rho=rho)) for r in (2, 8, 100)}
+    hard = dict(rho=0.95)
+    cases |= {"heavier tail": (base, hard | dict(tail=1.8)), "no error": (base, hard | dict(noise=0.0))}
+    cases |= {"worthless scores": (base, hard | dict(noise=9.0)), "half the replicas slow": (base._replace(slow=0.5), hard)}
+    cases |= {"replicas FCFS": (base._replace(fcfs=True), hard)}
+    cases |= {"prompts begin alike": (base._replace(groups=40, prompt=50.0), dict(rho=0.75))}
+    rows = []
+    for name, (fleet, how) in cases.items():
+        for seed in range(seeds):
+            w = traffic(fleet, requests, seed=seed, **how)
+            for r in rules:
+                rows.append(dict(case=name, router=r, seed=seed, **figures(w, simulated(fleet, w, r, seed)[0])))
+    facts = dict(requests=requests, same_choices=[agree, asked], runs=rows)
+    if large:
+        fleet, rows = Fleet(replicas=1000), []
+        w = traffic(fleet, 10_000_000, 0.97, tail=1.8)
+        for r in ("power-of-two", "fewest requests", "fewest before"):
+            began = time.time()
+            rows.append(dict(router=r, replicas=1000, requests=len(w.arrival), **figures(w, simulated(fleet, w, r)[0])))
+            rows[-1]["seconds"] = time.time() - began
+            print(rows[-1], flush=True)
+        facts |= dict(large=rows)
+    table = plan_table(facts["runs"])
+    print(table.to_string())
+    write("fleet/plan", **facts)
+    table.round(3).to_csv(OUT / "plan.csv")
+
+
+def plan_table(rows):
+    "Median over seeds of the ratios to power-of-two on the same requests."
+    import pandas as pd
+
+    runs = pd.DataFrame(rows).set_index(["case", "seed", "router"])
+    to = runs.xs("power-of-two", level="router")
+    ratio = runs / to.reindex(runs.index.droplevel("router")).to_numpy()
+    return ratio.groupby(level=["case", "router"], sort=False).median().drop(index="power-of-two", level="router")
+
+
+if __name__ == "__main__":
+    app()
