@@ -9,7 +9,7 @@ comma := ,
 BIN := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu check real conformance fleet-demo results notebooks lab docs-readme clean
+.PHONY: help demo test test-slow test-gpu check real conformance matrix fleet-demo results notebooks lab docs-readme clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -57,6 +57,9 @@ real: $(VENV)/real.ok  ## train and bench on recorded lengths in ../shared/data 
 
 conformance: $(VENV)/test.ok  ## vLLM's own scheduler tests, stock and with our class: results/serving/conformance.json
 	python studies/conformance.py
+
+matrix: $(VENV)/test.ok  ## vLLM 0.29 to 0.33: its own tests, our order, a real engine each: results/serving/matrix.json (an hour)
+	for part in order tests engines resolve; do python studies/versions.py $$part || exit 1; done
 
 fleet-demo: $(VENV)/test.ok  ## two replicas on Ray, a burst and a stream through four routers: results/fleet
 	python studies/fleet.py demo
