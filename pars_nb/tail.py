@@ -137,9 +137,8 @@ class Tail:
 
     def late(self, t: Ticket, now: float, since: float) -> bool:  # since: the arrival of the shadow's head
         "Has it waited so long that it goes before all outside the lane?"
-        if not self.tail:
-            return True
-        return now - t.arrival > self.tail * (now - since) and (self.tail < 1 or since - t.arrival >= self.together_s)
+        apart = self.tail < 1 or since - t.arrival >= self.together_s
+        return not self.tail or (apart and now - t.arrival > self.tail * (now - since))
 
     def limit(self, now: float, since: float) -> float:
         "What came until then is near."
