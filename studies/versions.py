@@ -493,7 +493,8 @@ def resolve(at: At = WORK):
     found = {}
     for name, lines in wanted.items():
         (at / "wanted.in").write_text("\n".join(lines) + "\n")
-        cmd: list[str | Path] = [tool / "bin/uv", "pip", "compile", "-q", "--python-version", "3.11", "--python-platform", "x86_64-manylinux_2_34", at / "wanted.in"]
+        cmd: list[str | Path] = [tool / "bin/uv", "pip", "compile", "-q", "--python-version", "3.11",
+                                "--python-platform", "x86_64-manylinux_2_34", at / "wanted.in"]
         p = subprocess.run(cmd, capture_output=True, text=True)
         pins = dict(o.split("==") for o in p.stdout.split() if "==" in o and not o.startswith("#"))
         found[name] = {k: pins[k] for k in ("vllm", "torch", "transformers", "ray") if k in pins} if not p.returncode else p.stderr.strip()[-500:]
