@@ -18,7 +18,7 @@ def node(c):
     "A cell as it stands in the README; of one with `#| echo: false` only what it shows, in Markdown."
     if c.cell_type == "markdown":
         return nbformat.v4.new_markdown_cell(c.source)
-    if "echo:" in (c.get("directives_") or {}):
+    if "echo" in (c.get("directives_") or {}):
         return nbformat.v4.new_markdown_cell("".join(t for o in c.outputs for t in o.get("data", {}).get("text/markdown", "")))
     return nbformat.v4.new_code_cell(c.source, outputs=[nbformat.from_dict(dict(o)) for o in c.get("outputs", [])])
 
