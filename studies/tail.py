@@ -208,7 +208,8 @@ def vllm_queues(r, tails, lanes):
 
 @app.command()
 def clocked(folder: Folder, engine: EngineFile, trace: str = "trace_azure2023_conv.parquet", data: str = "davinci", requests: int = 1500,
-            burst: int = 2000, seeds: int = 3, tails: list[float] = [0.0, 1.1], lanes: list[float] = [0.05, 0.1], whats: list[str] = ["burst", "0.7", "0.9", "1.0", "1.1", "1.3"],  # noqa: B006
+            burst: int = 2000, seeds: int = 3, tails: list[float] = [0.0, 1.1], lanes: list[float] = [0.05, 0.1],  # noqa: B006
+            whats: list[str] = ["burst", "0.7", "0.9", "1.0", "1.1", "1.3"],  # noqa: B006
             max_tokens: int = 1024):
     "One dataset in vLLM's own scheduler, at every load."
     e, gaps, rows = load_engine(engine), np.array(gaps_of(folder / trace)), []
