@@ -9,7 +9,7 @@ comma := ,
 BIN := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu check real conformance lab docs-readme clean
+.PHONY: help demo test test-slow test-gpu check real conformance matrix fleet-demo results notebooks lab docs-readme clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,11 +38,13 @@ $(VENV)/lab.ok: settings.ini constraints.txt setup.py
 demo: $(VENV)/demo.ok  ## the whole loop on the embedded LLM: collect, train, serve; FCFS against PARS against the oracle
 	pars demo --out results/demo
 
-check: $(VENV)/test.ok  ## notebooks and modules agree; ruff; mypy; imports
+check: $(VENV)/test.ok  ## notebooks and modules agree; ruff; mypy; the house rules
 	sh tools/check.sh
 
-test: check  ## all checks, then every asserting cell as a pytest item
-	pytest -q nbs
+# notebooks run side by side, each in a kernel of its own; nbdev-test leaves those out that start an engine, because pytest runs them
+test: check  ## all checks, nbdev-test, then every asserting cell as a pytest item
+	nbdev-test --skip_file_re "$$(python tools/engines.py)" --n_workers 2
+	pytest -q -n 2 --dist loadfile nbs
 
 test-slow: $(VENV)/test.ok  ## the cells that take minutes too
 	pytest -q nbs --flags slow
@@ -55,6 +57,19 @@ real: $(VENV)/real.ok  ## train and bench on recorded lengths in ../shared/data 
 
 conformance: $(VENV)/test.ok  ## vLLM's own scheduler tests, stock and with our class: results/serving/conformance.json
 	python studies/conformance.py
+
+matrix: $(VENV)/test.ok  ## vLLM 0.29 to 0.33: its own tests, our order, a real engine each: results/serving/matrix.json (an hour)
+	for part in order tests engines resolve; do python studies/versions.py $$part || exit 1; done
+
+fleet-demo: $(VENV)/test.ok  ## two replicas on Ray, a burst and a stream through four routers: results/fleet
+	python studies/fleet.py demo
+
+results: $(VENV)/test.ok  ## results/README.md: every result and its command
+	python tools/results.py
+
+notebooks: $(VENV)/test.ok  ## run every notebook and keep its outputs
+	nbdev-test --save --n_workers 2
+	nbdev-clean
 
 lab: $(VENV)/lab.ok  ## JupyterLab on the notebooks
 	jupyter lab nbs

@@ -1,4 +1,4 @@
-"""Every policy under one roof, simulated: the measurements behind nbs/53_arena.ipynb. Each command writes one JSON into results/arena.
+"""Every policy under one roof, simulated: the measurements behind nbs/73_arena.ipynb. Each command writes one JSON into results/arena.
 
     python studies/arena.py sweep --data ../shared/data/alpaca_davinci003.parquet --trace ../shared/data/trace_azure2023_conv.parquet \\
         --engine results/arena/engine_cpu.json

@@ -1,4 +1,4 @@
-"""Two replicas of the embedded LLM behind Ray's OpenAI ingress, four routers: the measurements behind nbs/57_fleet.ipynb. Each command
+"""Two replicas of the embedded LLM behind Ray's OpenAI ingress, four routers: the measurements behind nbs/76_fleet.ipynb. Each command
 writes one JSON into results/fleet.
 
     python studies/fleet.py demo

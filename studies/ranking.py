@@ -1,4 +1,4 @@
-"""What each part of a ranker brings: the measurements behind nbs/51_ranking.ipynb. Each command writes one JSON into results/ranking,
+"""What each part of a ranker brings: the measurements behind nbs/71_ranking.ipynb. Each command writes one JSON into results/ranking,
 cell by cell, and goes on where it was stopped.
 
     python studies/ranking.py predictors --data ../shared/data --encoder MODEL_FOLDER

@@ -1,4 +1,4 @@
-"""What a score costs: the measurements behind nbs/54_scoring_speed.ipynb. Each command writes one JSON into results/scoring.
+"""What a score costs: the measurements behind nbs/74_scoring_speed.ipynb. Each command writes one JSON into results/scoring.
 
     python studies/scoring.py speed   --ranker runs/real/alpaca_davinci003 --data ../shared/data/alpaca_davinci003.parquet
 """

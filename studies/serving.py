@@ -1,4 +1,4 @@
-"""What the order brings in a real engine, and what the scheduler costs: the measurements behind nbs/52_serving.ipynb. Each command
+"""What the order brings in a real engine, and what the scheduler costs: the measurements behind nbs/72_serving.ipynb. Each command
 writes one JSON into results/serving.
 
     python studies/serving.py load --ranker runs/real/alpaca_davinci003_student --data ../shared/data/alpaca_davinci003.parquet \\

@@ -1,4 +1,4 @@
-"""The tail rule (nbs/22_tail.ipynb) against first come, first served, on recorded lengths and arrivals. Each command writes
+"""The tail rule (nbs/23_tail.ipynb) against first come, first served, on recorded lengths and arrivals. Each command writes
 results/tail/….json: `simulated` every dataset at every load, by the event simulator; `clocked` one dataset in vLLM's own scheduler on a
 nominal clock; `harm` the same with useless and reversed scores; `speed` simulated requests a second.
 

@@ -4,6 +4,7 @@ results/serving/matrix.json.
 
     python studies/versions.py order     # our conformance on scheduler objects: order, priorities, preemption, pause, abort, the bound
     python studies/versions.py tests     # vLLM's own scheduler tests, stock and with our class
+    python studies/versions.py resolve   # a resolver's dry run of what we require, with each version
     python studies/versions.py engines   # a real engine each: order of a burst, plain and structured; mean NTPOT against FCFS
 """
 import json
@@ -108,13 +109,17 @@ def note(v, part, found):
 class Bench:
     "One scheduler of ours without an engine, and requests for it, made by vLLM's own test helpers."
 
-    def __init__(self, pars, **kw):
-        import pars_in_vllm  # noqa: F401  our class in the place of vLLM's
+    def __init__(self, pars, stock=False, **kw):
+        import pars_in_vllm  # our class in the place of vLLM's
+        import quick_gc  # noqa: F401
+        import tests.v1.core.utils as vllm_tests
+
         import pars_nb.scheduler as ours
-        from tests.v1.core.utils import create_requests, create_scheduler
+        from pars_nb.adapter import stock as stock_class
 
         ours.read_config = lambda _: ours.PARSConfig(client_scores=True, **pars)
-        self.s, self.make, self.skipped = create_scheduler(**kw), create_requests, set()
+        vllm_tests.Scheduler = stock_class(pars_in_vllm.Plain, False) if stock else pars_in_vllm.Plain
+        self.s, self.make, self.skipped = vllm_tests.create_scheduler(**kw), vllm_tests.create_requests, set()
         self.watch()
 
     def watch(self):
@@ -137,7 +142,7 @@ class Bench:
         for i, r in enumerate(rs):
             r.sampling_params = r.sampling_params.clone()
             r.sampling_params.extra_args = dict(pars_score=float(scores[i]))
-            r.arrival_time, r.priority = float(arrivals[i] if arrivals else i), priorities[i] if priorities else 0
+            r.arrival_time, r.priority = float(i if arrivals is None else arrivals[i]), priorities[i] if priorities else 0
             if i in structured:
                 r.structured_output_request = StructuredOutputRequest(StructuredOutputsParams(regex="[a-z]+"))
                 r.status = RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
@@ -226,6 +231,42 @@ def priorities():
     classes = [i % 3 for i in range(40)]
     b.requests(scores, priorities=classes)
     return inversions(b.drain(40), [100 * c + s for c, s in zip(classes, scores, strict=True)])
+
+
+def burst_latency(seeds=3):
+    """Mean NTPOT and TTFT of a burst of 150 against stock FCFS on a nominal clock: 16 slots, a step takes 5 ms and 0.1 ms a token. The scores
+    are the lengths."""
+    pars = dict(policy="pars", express_share=1.0)
+    rows = [[play(Bench(pars, stock=stock, max_num_seqs=16, max_num_batched_tokens=2048), workload(seed).lengths) for stock in (True, False)]
+            for seed in range(seeds)]
+    return {k: [round(ours[k] / stock[k], 3) for stock, ours in rows] for k in ("mean_ntpot", "mean_ttft", "duration")}
+
+
+def play(b, lengths):
+    "Serve a burst to its end on the nominal clock."
+    from vllm.v1.outputs import ModelRunnerOutput
+
+    rs = b.requests([float(n) for n in lengths], [0.0] * len(lengths), num_tokens=32, ignore_eos=True)
+    for r, n in zip(rs, lengths, strict=True):
+        r.max_tokens = r.sampling_params.max_tokens = n
+    clock, first, last = 0.0, {}, {}
+    while b.s.get_num_unfinished_requests():
+        out = b.s.schedule()
+        ids = list(out.num_scheduled_tokens)
+        clock += 0.005 + 0.0001 * sum(out.num_scheduled_tokens.values())
+        for i in ids:
+            first.setdefault(int(i), clock)
+            last[int(i)] = clock
+        made = dict(req_ids=ids, req_id_to_index={r: i for i, r in enumerate(ids)}, sampled_token_ids=[[7]] * len(ids))
+        b.s.update_from_output(out, ModelRunnerOutput(**made))
+    return dict(mean_ntpot=sum(last[i] / n for i, n in enumerate(lengths)) / len(lengths), mean_ttft=sum(first.values()) / len(first), duration=clock)
+
+
+def burst_fcfs():
+    "The control: the same burst with stock vLLM."
+    b, scores = Bench({}, stock=True, max_num_seqs=1), shuffled(40)
+    b.requests(scores)
+    return inversions(b.drain(40), scores)
 
 
 def preempted():
@@ -321,7 +362,7 @@ def inside_order():
     bench = Bench({}).s
     queues = sorted(k for k, o in vars(bench).items() if hasattr(o, "prepend_requests"))
     out = dict(queues=queues, ours=sorted(k for k in queues if isinstance(getattr(bench, k), PolicyRequestQueue)))
-    for f in (burst_plain, burst_structured, burst_compiling, policy_change, priorities, preempted, pause, abort):
+    for f in (burst_fcfs, burst_plain, burst_structured, burst_compiling, policy_change, priorities, preempted, pause, abort, burst_latency):
         out[f.__name__] = f()
     for kind in ("grammar", "encoder"):
         out[f"overtaking_{kind}"] = added([overtaking(kind, seed) for seed in range(20)])
@@ -354,10 +395,9 @@ def inside_burst():
     from vllm import LLM, SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
-    from pars_nb.engine import engine_dtype
     from pars_nb.tiny import tiny_llm
 
-    llm = LLM(model=str(tiny_llm()), dtype=engine_dtype(), enforce_eager=True, max_num_seqs=1, max_model_len=2048, **OURS,
+    llm = LLM(model=str(tiny_llm()), dtype="float32", enforce_eager=True, max_num_seqs=1, max_model_len=2048, **OURS,
               additional_config=dict(pars=dict(client_scores=True, policy="sjf")))
     def params(score, n=4, structured=False):
         return SamplingParams(max_tokens=n, ignore_eos=not structured, temperature=0, extra_args=dict(pars_score=float(score)),
@@ -387,7 +427,7 @@ def inside_latency(seeds=3):
 
     queues, rows = dict(fcfs={}, pars=OURS | dict(additional_config=dict(pars=dict(client_scores=True, express_share=1.0)))), []
     with ExitStack() as stack:
-        engines = {k: stack.enter_context(engine(EngineSettings(), a, f"engine-{k}.log")) for k, a in queues.items()}
+        engines = {k: stack.enter_context(engine(EngineSettings(dtype="float32"), a, f"engine-{k}.log")) for k, a in queues.items()}
         for e in engines.values():
             e.get()
             e.run(workload(99, 40))
@@ -435,9 +475,32 @@ def engines(at: At = WORK, versions: Versions = VERSIONS):
     "A real engine of each version."
     prepare(versions, at)
     for v in versions:
-        found = child(v, at, "burst") | dict(latency=child(v, at, "latency"))
-        note(v, "engine", found)
-        print(v, json.dumps(found), flush=True)
+        for what in ("burst", "latency"):
+            found = child(v, at, what)
+            note(v, f"engine_{what}", found)
+            print(v, json.dumps(found), flush=True)
+
+
+@app.command()
+def resolve(at: At = WORK):
+    "Do our requirements resolve with each vLLM? A resolver's dry run on metadata, for Linux; nothing is installed."
+    at.mkdir(parents=True, exist_ok=True)
+    tool = at / "uv"
+    if not tool.exists():
+        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--target", tool, "uv"], check=True)
+    wanted = {f"pars_nb[gpu] with vllm {v}": [f"{ROOT}[gpu]", f"vllm=={v}.*"] for v in ("0.31", "0.32", "0.33")}
+    wanted["pars_nb beside ray[llm]"] = [str(ROOT), "ray[llm]>=2.60"]
+    found = {}
+    for name, lines in wanted.items():
+        (at / "wanted.in").write_text("\n".join(lines) + "\n")
+        cmd: list[str | Path] = [tool / "bin/uv", "pip", "compile", "-q", "--python-version", "3.11",
+                                "--python-platform", "x86_64-manylinux_2_34", at / "wanted.in"]
+        p = subprocess.run(cmd, capture_output=True, text=True)
+        pins = dict(o.split("==") for o in p.stdout.split() if "==" in o and not o.startswith("#"))
+        found[name] = {k: pins[k] for k in ("vllm", "torch", "transformers", "ray") if k in pins} if not p.returncode else p.stderr.strip()[-500:]
+        print(name, found[name], flush=True)
+    m = json.loads(OUT.read_text()) | dict(resolves=found)
+    OUT.write_text(json.dumps(m, indent=1) + "\n")
 
 
 if __name__ == "__main__":

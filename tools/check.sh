@@ -13,4 +13,5 @@ if [ "$before" != "$(snapshot)" ]; then
 fi
 ruff check -q
 mypy
+python tools/results.py --check
 python tools/house.py
