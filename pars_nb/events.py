@@ -46,7 +46,7 @@ class Given(NamedTuple):
     service: Floats  # seconds; the order is by (wait + service) / service. Empty: the order is by key
     claim: Ints  # work in the shadow of first come, first served (see `tail`). Empty: the policy has no such rule
     lane: Bools  # goes before what is late. Empty: as `claim`
-    tail: Floats  # `tail` and `max_overtake_s` of such a policy
+    tail: Floats  # `tail`, `max_overtake_s` and `together_s` of such a policy
 
 # %% ../nbs/42_events.ipynb #d147e2b3
 class Queues(NamedTuple):
@@ -163,7 +163,7 @@ def new_world(
     service: Numbers = (),  # (n,) seconds, or empty; see `Given`
     claim: Numbers = (),  # (n,) work, or empty; see `Given`
     lane: Numbers = (),  # (n,) bool, or empty; see `Given`
-    tail: Numbers = (math.inf, math.inf),
+    tail: Numbers = (math.inf, math.inf, 0.0),  # see `Given`
     replicas: int = 1,
     queues: int = 1,  # one a replica, or one for all
 ) -> World:
@@ -345,15 +345,18 @@ def _set_limit(world, queue, priority, arrival):
 def _elder_goes(world, queue, root, oldest, now):
     "Does the oldest go before the root, by the tail rule?"
     given, priority, queues = world.given, world.given.priority[root], world.queues
-    tail, most, head = given.tail[0], given.tail[1], _shadow_head(world, queue, priority)
+    tail, most, together = given.tail
+    head = _shadow_head(world, queue, priority)
     if given.arrival[root] - given.arrival[oldest] > most:
         return True
     turn = given.arrival[head] if head >= 0 else np.inf
     if given.lane[root]:
         return False
-    if tail == 0 or now - given.arrival[oldest] > tail * (now - turn):
+    apart = tail < 1 or turn - given.arrival[oldest] >= together
+    if tail == 0 or (apart and now - given.arrival[oldest] > tail * (now - turn)):
         return True
-    _set_limit(world, queue, priority, turn + min(1.0, tail - 1) * (now - turn))
+    allowed = min(1.0, tail - 1) * (now - turn)
+    _set_limit(world, queue, priority, turn + (allowed if tail < 1 else max(allowed, together)))
     ahead = queues.beyond[queue, priority] + given.claim[root]
     return _is_beyond(world, queue, root) and ahead > (tail - 1) / 2 * queues.waiting[queue, priority]
 

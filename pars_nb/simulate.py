@@ -119,10 +119,8 @@ def policy_arrays(requests: Requests, policy: Any) -> dict[str, Any]:  # `key`, 
         key, due = np.array([(policy.key(t), policy.due(t)) for t in tickets], float).T
         return dict(key=key, due=due)
     if hasattr(policy, "claim"):
-        if getattr(policy, "together_s", 0.0):
-            raise DataError("the simulator has no together_s; leave it at 0")
         key, claim, lane = zip(*((policy.key(t), policy.claim(t), policy.lane(t)) for t in tickets), strict=True)
-        return dict(key=key, claim=claim, lane=lane, tail=(policy.tail, policy.max_overtake_s))
+        return dict(key=key, claim=claim, lane=lane, tail=(policy.tail, policy.max_overtake_s, policy.together_s))
     return dict(key=[policy.key(t) for t in tickets])
 
 # %% ../nbs/43_simulate.ipynb #cec2ff0b

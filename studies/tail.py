@@ -57,6 +57,7 @@ class LearnedTail(Learned):
     "The same for the tail rule."
     tail = property(lambda self: self.rule.tail)
     max_overtake_s = property(lambda self: self.rule.max_overtake_s)
+    together_s = property(lambda self: self.rule.together_s)
 
     def claim(self, t):
         return self.rule.claim(t)
@@ -155,22 +156,17 @@ class Nominal:
         return took
 
 
-def hooked(clock, tail, lane):
-    "Our scheduler with the tail rule; None for today's lane. Its clock is the play's."
-    import pars_nb.scheduler as module
+class Hears:
+    "The clock hears of arrivals through the scheduler."
 
-    class Hooked(module.PARSScheduler):
-        def policy_now(self):
-            trust = self.trust.value
-            if tail is None or self.pars.policy != "pars":
-                return super().policy_now()
-            return Tail(self.scale, trust * tail, self.foresight.cost, trust * self.express.quantile, self.express.work)
+    def __init__(self, scheduler, clock):
+        add = scheduler.add_request
 
-        def add_request(self, request):
+        def heard(request):
             clock.now = max(clock.now, request.arrival_time)
-            super().add_request(request)
+            add(request)
 
-    return Hooked
+        scheduler.add_request = heard
 
 
 @cache
@@ -183,38 +179,37 @@ def hasher_of(block_size):
     return get_request_block_hasher(block_size, sha256)
 
 
-def in_vllm(e, r, pars, tail=None, lane=0.1):
+def in_vllm(e, r, **pars):
     "vLLM's own scheduler plays the requests on the nominal clock; the clients send the scores."
     from types import SimpleNamespace
+    from unittest.mock import patch
 
     import pars_nb.scheduler as module
     from clocked import play
     from common import ours, scheduler_of
 
-    clock, kept, kept_time = Nominal(e), module.PARSScheduler, module.time
-    module.PARSScheduler, module.time = hooked(clock, tail, lane), clock
-    try:
-        settings = dict(client_scores=True, learn=False, express_share=lane) | pars
-        s = scheduler_of(e.max_num_seqs, e.max_num_batched_tokens, e.block_size, **ours(**settings))
+    clock = Nominal(e)
+    with patch.object(module, "time", clock):
+        s = scheduler_of(e.max_num_seqs, e.max_num_batched_tokens, e.block_size, **ours(**dict(client_scores=True, learn=False) | pars))
+        Hears(s, clock)
         w = SimpleNamespace(arrivals=r.arrival.tolist(), lengths=r.output.tolist(), scores=r.score.tolist())
         ids = [[3 + (i >> 8 * k) % 256 for k in range(int(n))] for i, n in enumerate(r.prompt)]
         served = play(s, w, ids, clock, "score", hasher_of(e.block_size))
         s.shutdown()
-    finally:
-        module.PARSScheduler, module.time = kept, kept_time
     return served
 
 
-def vllm_queues(r, tails, lane=0.1):
-    "Name → what `in_vllm` is given beside the engine."
+def vllm_queues(r, tails, lanes):
+    "Name → the requests as they are told, and the settings."
     oracle = r._replace(score=r.output.astype(float))
-    todo = {"FCFS": (r, dict(policy="fcfs")), "Oracle SJF": (oracle, dict(policy="sjf")), "lane 0.1, 60 s": (r, {})}
-    return todo | {f"tail {tail:g}, lane {lane:g}": (r, {}, tail, lane) for tail in tails}
+    todo = {"FCFS": (r, dict(policy="fcfs")), "Oracle SJF": (oracle, dict(policy="sjf"))}
+    return todo | {f"tail {tail:g}, lane {lane:g}": (r, dict(tail=tail, lane=lane)) for tail in tails for lane in lanes}
 
 
 @app.command()
 def clocked(folder: Folder, engine: EngineFile, trace: str = "trace_azure2023_conv.parquet", data: str = "davinci", requests: int = 1500,
-            burst: int = 2000, seeds: int = 3, tails: list[float] = [1.1], whats: list[str] = ["burst", "0.7", "0.9", "1.0", "1.1", "1.3"],  # noqa: B006
+            burst: int = 2000, seeds: int = 3, tails: list[float] = [0.0, 1.1], lanes: list[float] = [0.05, 0.1],  # noqa: B006
+            whats: list[str] = ["burst", "0.7", "0.9", "1.0", "1.1", "1.3"],  # noqa: B006
             max_tokens: int = 1024):
     "One dataset in vLLM's own scheduler, at every load."
     e, gaps, rows = load_engine(engine), np.array(gaps_of(folder / trace)), []
@@ -224,8 +219,8 @@ def clocked(folder: Folder, engine: EngineFile, trace: str = "trace_azure2023_co
         for seed in range(seeds):
             r = drawn(lengths, tau, burst if what == "burst" else requests, seed, None if what == "burst" else gaps, max_tokens)
             r = r if what == "burst" else r._replace(arrival=r.arrival / (float(what) * rate))
-            for queue, (told, *rest) in vllm_queues(r, tails).items():
-                rows.append(dict(data=data, what=what, seed=seed, queue=queue, **summarise(in_vllm(e, told, *rest))))
+            for queue, (told, settings) in vllm_queues(r, tails, lanes).items():
+                rows.append(dict(data=data, what=what, seed=seed, queue=queue, **summarise(in_vllm(e, told, **settings))))
         summary = summary_of(rows)
         show(summary)
         write(f"tail/clocked-{data}", requests=requests, burst=burst, seeds=seeds, max_tokens=max_tokens, tau=tau, engine=e.model_dump(),
