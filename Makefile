@@ -43,7 +43,7 @@ check: $(VENV)/test.ok  ## notebooks and modules agree; ruff; mypy; the house ru
 
 # notebooks run side by side, each in a kernel of its own; nbdev-test leaves those out that start an engine, because pytest runs them
 test: check  ## all checks, nbdev-test, then every asserting cell as a pytest item
-	nbdev-test --skip_file_re "$$(python tools/engines.py)" --n_workers 2
+	nbdev-test --skip-file-re "$$(python tools/engines.py)" --n-workers 2
 	pytest -q -n 2 --dist loadfile nbs
 
 test-slow: $(VENV)/test.ok  ## the cells that take minutes too
@@ -68,7 +68,8 @@ results: $(VENV)/test.ok  ## results/README.md: every result and its command
 	python tools/results.py
 
 notebooks: $(VENV)/test.ok  ## run every notebook and keep its outputs
-	nbdev-test --save --n_workers 2
+	nbdev-test --save --n-workers 2
+	python tools/figures.py
 	nbdev-clean
 
 lab: $(VENV)/lab.ok  ## JupyterLab on the notebooks

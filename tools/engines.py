@@ -1,4 +1,4 @@
-"""Prints a pattern that matches the notebooks that start vLLM or Ray: `nbdev-test --skip_file_re "$(python tools/engines.py)"`.
+"""Prints a pattern that matches the notebooks that start vLLM or Ray: `nbdev-test --skip-file-re "$(python tools/engines.py)"`.
 
 pytest runs all of them, so nbdev-test need not start every engine again.
 """
