@@ -148,7 +148,8 @@ def learn(
 def show_learned(state: dict[str, Any]) -> None:
     "One engine's state as two tables."
     tau = {k: v[0] for k, v in state.get("tau_b", {}).items()}
-    t = Table("candidate", "τ_b now", title=f"{state['file']}: {state['target']}, {state.get('seen', 0):,} requests seen", title_justify="left")
+    console.print(f"{state['file']}: {state['target']}, {state.get('seen', 0):,} requests seen", soft_wrap=True)
+    t = Table("candidate", "τ_b now")
     for name, value in sorted(tau.items(), key=lambda o: -o[1]):
         t.add_row(name, f"{value:.2f}" + ("  ← followed" if name == state.get("follows") else ""))
     console.print(t)
