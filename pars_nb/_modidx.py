@@ -212,6 +212,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'pars_nb.engine.engine': ('engine.html#engine', 'pars_nb/engine.py'),
                                 'pars_nb.engine.engine_dtype': ('engine.html#engine_dtype', 'pars_nb/engine.py'),
                                 'pars_nb.engine.engine_env': ('engine.html#engine_env', 'pars_nb/engine.py'),
+                                'pars_nb.engine.free_port': ('engine.html#free_port', 'pars_nb/engine.py'),
                                 'pars_nb.engine.has': ('engine.html#has', 'pars_nb/engine.py'),
                                 'pars_nb.engine.need_vllm': ('engine.html#need_vllm', 'pars_nb/engine.py'),
                                 'pars_nb.engine.play': ('engine.html#play', 'pars_nb/engine.py'),

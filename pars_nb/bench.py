@@ -63,7 +63,7 @@ class BenchSettings(BaseModel, extra="forbid"):
     max_tokens: int = Field(2048, ge=1)
     tail: float = Field(1.1, ge=0)  # PARS' knobs, see `scheduler.PARSConfig`
     lane: float = Field(0.05, ge=0, le=1)
-    max_overtake_s: float = Field(60.0, ge=0)
+    max_overtake_s: float | None = Field(None, ge=0)
 
 
 def run_bench(

@@ -23,7 +23,7 @@ from .errors import ParsError
 # %% ../nbs/60_console.ipynb #144f8939
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_show_locals=False, add_completion=False,
                   help="PARS for stock vLLM: predicted-short answers first, with a bound on every wait.")
-console = Console(width=None if sys.stdout.isatty() else 110)
+console = Console(width=None if sys.stdout.isatty() else 110, force_jupyter=False)  # text, in a notebook too
 
 
 def show_version(wanted: bool) -> None:

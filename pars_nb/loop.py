@@ -255,7 +255,7 @@ def evaluate(
 # %% ../nbs/61_loop.ipynb #f36c4611
 Tail = Annotated[float, typer.Option(help="How long a request may wait, in what first come, first served makes requests wait; 0: FCFS.")]
 Lane = Annotated[float, typer.Option("--lane", "--express-share", help="Share of the work that always goes ahead, shortest first.")]
-MostOvertaken = Annotated[float, typer.Option(help="No request is passed by one that came later than this, in seconds.")]
+MostOvertaken = Annotated[float | None, typer.Option(help="A hard bound: no request is passed by one that came so many seconds later.")]
 
 # %% ../nbs/61_loop.ipynb #c19902e5
 @app.command()
@@ -273,7 +273,7 @@ def bench(
     max_tokens: Annotated[int, typer.Option(help="Cut longer recorded lengths to this.")] = 2048,
     tail: Tail = 1.1,
     lane: Lane = 0.05,
-    max_overtake_s: MostOvertaken = 60.0,
+    max_overtake_s: MostOvertaken = None,
 ) -> None:
     """FCFS (stock and in our class), PARS and Oracle SJF in a real vLLM engine: same requests, times and lengths.
 
@@ -349,7 +349,7 @@ def serve(
     ranker: Annotated[Path | None, typer.Option(help="Folder that `pars train` wrote.")] = None,
     tail: Tail = 1.1,
     lane: Lane = 0.05,
-    max_overtake_s: MostOvertaken = 60.0,
+    max_overtake_s: MostOvertaken = None,
     state: Annotated[Path | None, typer.Option(help="Folder in which what is learned is kept, and read at the start.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Only print the command.")] = False,
 ) -> None:
@@ -363,7 +363,7 @@ def serve(
     from pars_nb.engine import engine_env
     from pars_nb.student import named
 
-    pars: dict[str, Any] = dict(tail=tail, lane=lane, max_overtake_s=max_overtake_s)
+    pars: dict[str, Any] = dict(tail=tail, lane=lane) | ({} if max_overtake_s is None else dict(max_overtake_s=max_overtake_s))
     if state:
         pars["state"] = str(state.resolve())
     if ranker:

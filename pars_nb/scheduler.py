@@ -46,8 +46,8 @@ class PARSConfig(BaseModel, extra="forbid", populate_by_name=True):
     policy: Literal["pars", "fcfs", "sjf", "threshold", "hrrn"] = "pars"
     tail: float = Field(1.1, ge=0)  # pars: how long a request may wait, in what FCFS makes requests wait now; 0: FCFS and the lane
     lane: float = Field(0.05, ge=0, le=1, validation_alias=AliasChoices("lane", "express_share"))  # share of the work that always goes ahead
-    together_s: float = Field(0.5, ge=0, allow_inf_nan=False)  # pars: what came within so many seconds of each other came together
-    max_overtake_s: float = Field(60.0, ge=0, allow_inf_nan=False)  # none is passed by one that came later than this; 0: FCFS
+    together_s: float = Field(0.05, ge=0, allow_inf_nan=False)  # pars: what came within so many seconds of each other came together
+    max_overtake_s: float | None = Field(None, ge=0, allow_inf_nan=False)  # a hard bound: none is passed by one that came later; 0: FCFS
     mode: Literal["on", "shadow"] = "on"  # shadow: serve FCFS, but score and measure
     min_tau: float = Field(0.15, ge=0, lt=1)  # under this rolling τ_b the order is followed less, under half of it not at all; 0: no guard
     tau_window: int = Field(256, ge=50)  # finished requests that the rolling τ_b looks at
@@ -78,10 +78,11 @@ def make_policy(cfg: PARSConfig, scale: Scale, cost: Cost = by_score, express: E
     if cfg.policy == "fcfs":
         return FCFS()
     express, followed = express or Express(cfg.lane), trust if cfg.mode == "on" else 0.0
-    others: dict[str, Policy] = dict(sjf=SJF(cost), threshold=Threshold(cfg.max_overtake_s, cost), hrrn=HRRN(cost))
+    bound = math.inf if cfg.max_overtake_s is None else cfg.max_overtake_s
+    others: dict[str, Policy] = dict(sjf=SJF(cost), threshold=Threshold(min(bound, 1e9), cost), hrrn=HRRN(cost))
     if followed and cfg.policy in others:
         return others[cfg.policy]
-    return Tail(scale, followed * cfg.tail, cost, followed * express.quantile * (cfg.lane > 0), express.work, cfg.max_overtake_s,
+    return Tail(scale, followed * cfg.tail, cost, followed * express.quantile * (cfg.lane > 0), express.work, bound,
                 cfg.together_s)
 
 

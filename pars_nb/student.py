@@ -8,7 +8,7 @@ __all__ = ['SLOTS', 'WORD', 'HEAD', 'TAIL', 'FIRST_WORDS', 'FRONT', 'START', 'SI
            'weighted', 'glance', 'words', 'asked', 'kind_of', 'Glance', 'look', 'Student', 'load_student', 'learn',
            'adapted', 'distill', 'named']
 
-# %% ../nbs/10_student.ipynb #458a81de
+# %% ../nbs/10_student.ipynb #b647fb00
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from .errors import DataError, RankerError
 from .order import ranking_report, tau_b
 from .records import Record, split
 
-# %% ../nbs/10_student.ipynb #ef937dbc
+# %% ../nbs/10_student.ipynb #8e30bee3
 SLOTS = 1 << 18
 
 
@@ -45,7 +45,7 @@ def weighted(rows: Sequence[np.ndarray], idf: np.ndarray) -> Any:  # (n, len(idf
     x.sum_duplicates()
     return x
 
-# %% ../nbs/10_student.ipynb #5af06598
+# %% ../nbs/10_student.ipynb #6c79401d
 WORD = re.compile(rb"[a-z\x80-\xff']+|[0-9]+|[^\sa-z0-9]")
 HEAD, TAIL = 96, 32  # words that are read of a long prompt
 FIRST_WORDS, FRONT = 8, 16  # so many words, which say what is to be done, count once more on their own: by another salt
@@ -63,7 +63,7 @@ def words(low: str, salt: int = 0) -> list[int]:
     found = found if len(found) < HEAD + TAIL else found[: HEAD - 1] + found[-TAIL:]
     return [START + salt, *map(crc32, found, repeat(salt)), START + FRONT + salt, *map(crc32, found[:FIRST_WORDS], repeat(FRONT + salt))]
 
-# %% ../nbs/10_student.ipynb #84fddd86
+# %% ../nbs/10_student.ipynb #885f7fb0
 SIGNALS = ("size", "long", "lines", "questions", "asks", "quotes", "colon", "commas", "first line", "blank line", "bullets", "code marks",
            "formula marks", "digits", "asked", "asked at all", "why", "how", "what", "who", "yes or no")
 KINDS = ("plain", "passage", "code", "maths", "choice")
@@ -75,7 +75,7 @@ ASKING = (("why",), ("how",), ("what", "which", "what's"), ("who", "when", "wher
           ("is", "are", "can", "could", "does", "do", "did", "should", "would", "will", "was"))
 FIRST = {word: i for i, group in enumerate(ASKING) for word in group}
 
-# %% ../nbs/10_student.ipynb #160a62ca
+# %% ../nbs/10_student.ipynb #1435eabb
 NUMBERS = {w: i + 1 for i, w in enumerate("one two three four five six seven eight nine ten".split())} | dict(twenty=20)
 UNITS = dict(word=1.3, line=10, sentence=20, paragraph=90, page=500, item=25, step=25, idea=25, example=25, point=25, reason=25, way=25, tip=25,
              question=25, fact=25, thing=8, name=5, bullet=25, title=8)  # tokens of one
@@ -101,7 +101,7 @@ def kind_of(low: str, size: int, code: int, formulas: int, digits: int) -> int: 
         return 3
     return int(size > 350)
 
-# %% ../nbs/10_student.ipynb #89e78c8a
+# %% ../nbs/10_student.ipynb #f63d0f5d
 class Glance(NamedTuple):
     "A prompt as a student sees it."
     ids: list[int]  # words
@@ -122,7 +122,7 @@ def look(text: str) -> Glance:
     kind = kind_of(low, size, code, formulas, digits)
     return Glance(words(low, SALTS[kind]), kind, [*counted, *flags, *more, *asks])
 
-# %% ../nbs/10_student.ipynb #3f20be08
+# %% ../nbs/10_student.ipynb #1c7789fe
 @dataclass
 class Student(Reader):
     "A linear model over hashed tokens and neighbours; `model` holds its tables. Without a tokenizer it reads words and signals."
@@ -158,7 +158,7 @@ class Student(Reader):
         (Path(folder) / "pars.json").write_text(self.meta.model_dump_json(indent=1) + "\n")
         return Path(folder)
 
-# %% ../nbs/10_student.ipynb #8ae72c1a
+# %% ../nbs/10_student.ipynb #c0e553e0
 def load_student(folder: str | Path) -> Student:
     "A student from the folder that `Student.save` wrote. Raises `RankerError`."
     folder = Path(folder)
@@ -173,7 +173,7 @@ def load_student(folder: str | Path) -> Student:
     except Exception as e:  # safetensors raises a class of its own for a torn file
         raise RankerError(f"the student in {folder} is damaged: {type(e).__name__}; run `pars distill` again, or copy it again") from e
 
-# %% ../nbs/10_student.ipynb #e58af5a8
+# %% ../nbs/10_student.ipynb #8d08e78a
 WORDS_COUNT = (1.0, 1.0, 0.3, 1.0, 1.0)  # by kind
 SIGNAL = 0.3  # scale of a standardised signal against a row of words of length 1: how lightly it is penalised
 
@@ -215,7 +215,7 @@ def _idf(rows: Sequence[np.ndarray], slots: int = SLOTS) -> np.ndarray:
     seen = np.bincount(np.concatenate([np.unique(f) for f in rows]), minlength=slots)
     return np.where(seen > 1, np.log((1 + len(rows)) / (1 + seen)) + 1, 0.0)
 
-# %% ../nbs/10_student.ipynb #fbcbdd9d
+# %% ../nbs/10_student.ipynb #3fedd04a
 HOLDS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 1e4)  # strengths of the ridge to choose from; the last one changes nothing
 
 
@@ -240,16 +240,18 @@ def adapted(student: Student, prompts: Sequence[str], logs: np.ndarray) -> Stude
     return Student(model, None, student.meta.model_copy())
 
 
-def _held_back(x: Any, y: np.ndarray) -> np.ndarray:  # weights of the ridge whose left-out errors are least
-    kernel, best = (x @ x.T).toarray(), (np.inf, np.zeros(len(y)))
+def _held_back(x: Any, y: np.ndarray) -> np.ndarray:  # weights of a ridge
+    "The strongest of `HOLDS` whose left-out errors are within a standard error of the least (Breiman et al. 1984): in doubt, no change."
+    kernel, found = (x @ x.T).toarray(), []
     for hold in HOLDS:
         inverse = np.linalg.inv(kernel + hold * np.eye(len(y)))
         dual = inverse @ y
-        error = float(np.square(dual / np.diag(inverse)).mean())
-        best = min(best, (error, dual), key=lambda e: e[0])
-    return x.T @ best[1]
+        found.append((np.square(dual / np.diag(inverse)), dual))
+    least = min((e for e, _ in found), key=np.mean)
+    enough = least.mean() + least.std() / np.sqrt(len(y))
+    return x.T @ next(dual for e, dual in reversed(found) if e.mean() <= enough)
 
-# %% ../nbs/10_student.ipynb #aee71e3e
+# %% ../nbs/10_student.ipynb #5ea81cfb
 BLEND = 0.5  # how much of the target is the teacher's score; the rest is the length
 
 
@@ -287,7 +289,7 @@ def _finish(s: Student, held: Sequence[Record], test: Sequence[Record], out: str
     s.save(out)
     return s
 
-# %% ../nbs/10_student.ipynb #dafc18e7
+# %% ../nbs/10_student.ipynb #be0e452e
 def _with_number(rows: Sequence[np.ndarray], idf: np.ndarray) -> Any:  # (n, SLOTS + 1) scipy CSR
     "TF-IDF rows, and the logarithm of the number of features."
     from scipy import sparse
@@ -298,7 +300,7 @@ def _with_number(rows: Sequence[np.ndarray], idf: np.ndarray) -> Any:  # (n, SLO
 def _standard(x: np.ndarray) -> np.ndarray:
     return (np.asarray(x) - np.mean(x)) / (np.std(x) + 1e-9)
 
-# %% ../nbs/10_student.ipynb #f4bb6666
+# %% ../nbs/10_student.ipynb #16d5d676
 UNIVERSAL = Path(__file__).resolve().parent / "universal" if "__file__" in globals() else Path("../pars_nb/universal").resolve()
 
 

@@ -143,7 +143,7 @@ class Tail:
     def limit(self, now: float, since: float) -> float:
         "What came until then is near."
         allowed = min(1.0, self.tail - 1) * (now - since)
-        return since + (allowed if self.tail < 1 else max(allowed, self.together_s))
+        return since + (max(allowed, self.together_s) if self.together_s and self.tail >= 1 else allowed)
 
     def budget(self, waiting: int) -> float:  # work
         "How much that is not near may be ahead."

@@ -8,7 +8,7 @@ import random
 import re
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
@@ -18,7 +18,7 @@ from common import RESULTS, Data, write
 from pars_nb.card import RankerMeta
 from pars_nb.order import bootstrap, tau_b
 from pars_nb.records import Record, draw, fingerprint, read, split, unit_hash
-from pars_nb.student import SIGNALS, Student, adapted, learn, load_student, look
+from pars_nb.student import SIGNALS, WORD, Student, adapted, learn, look, load_student
 
 app = typer.Typer(add_completion=False)
 HERE = Path(__file__).resolve().parent
@@ -179,15 +179,19 @@ def by_workload(data: Path, names: tuple[str, ...], seed: int, boot: int = 100, 
 
 
 @app.command("leave-out")
-def leave_out(data: Data, seeds: int = 3) -> None:
-    "Every workload, left out with a third of the models."
-    rows = []
+def leave_out(data: Data, seeds: int = 3, only: Annotated[str, typer.Option(help="workloads, by commas; all where empty")] = "") -> None:
+    "Every workload, left out with a third of the models. It goes on where it was stopped."
+    path = RESULTS / "universal/leave_out.json"
+    rows = json.loads(path.read_text())["rows"] if path.is_file() else []
     for seed in range(seeds):
-        for name, r in by_workload(data, tuple(WORKLOADS), seed).items():
+        done = {r["workload"] for r in rows if r["seed"] == seed}
+        names = tuple(w for w in WORKLOADS if w not in done and (not only or w in only.split(",")))
+        for name, r in by_workload(data, names, seed).items():
             rows.append(dict(workload=name, seed=seed, **r))
             print(f"{seed} {name:20s} {r['tau_b']:.3f} ({r['models']} models), prompt length {r['prompt_length']:.3f}; "
                   f"{r['of']} {r['tau_b_of']:.3f} ({r['lo']:.3f} to {r['hi']:.3f})", flush=True)
-    write("universal/leave_out", seeds=seeds, most=MOST, prior=PRIOR, keep=KEEP, sources=list(FREE), rows=rows)
+        rows.sort(key=lambda r: (r["seed"], list(WORKLOADS).index(r["workload"])))
+        write("universal/leave_out", seeds=sorted({r["seed"] for r in rows}), most=MOST, prior=PRIOR, keep=KEEP, sources=list(FREE), rows=rows)
 
 
 GROUPS = dict(  # signals that are left out together
@@ -202,9 +206,9 @@ def signals(data: Data, seeds: int = 1) -> None:
     rows = []
     for seed in range(seeds):
         for name in ("nothing", *GROUPS, "hand-written requests"):
-            kw: dict[str, Any] = dict(without=GROUPS.get(name, ())) | (dict(prior=0.0) if name.startswith("hand") else {})
-            found = by_workload(data, FIRST_GOALS, seed, boot=0, **kw)  # type: ignore[arg-type]
-            taus: dict[str, Any] = {k: r["tau_b"] for k, r in found.items()}  # type: ignore[attr-defined]
+            kw = dict(without=GROUPS.get(name, ())) | (dict(prior=0.0) if name.startswith("hand") else {})
+            found: Any = by_workload(data, FIRST_GOALS, seed, boot=0, **kw)  # type: ignore[arg-type]
+            taus: dict[str, float] = {k: r["tau_b"] for k, r in found.items()}
             rows.append(dict(without=name, seed=seed, tau_b=taus))
             print(name, {k: round(v, 3) for k, v in taus.items()}, flush=True)
     write("universal/signals", seeds=seeds, groups=GROUPS, rows=rows)
@@ -217,11 +221,13 @@ ADAPT = dict(castillo_alpaca=LLAMA, castillo_dolly=LLAMA, castillo_sharegpt=LLAM
 @app.command()
 def adapt(data: Data, seeds: int = 3) -> None:
     "τ_b with 0, 20, 50 and 200 lengths of the target, on the prompts that results/ranking/adapt.json was tested on."
-    rows = []
+    rows, students = [], dict[tuple[str, ...], Student]()
     for name, target in ADAPT.items():
         train, _, test = split(read(data / f"{name}.parquet", target), (0.65, 0.05, 0.3), 0)
         test, left_out = draw(test, 2000, 0), ((name,) if name in FREE else ())
-        student = taught(lesson(data, left_out, third(data, 0)))
+        if left_out not in students:
+            students[left_out] = taught(lesson(data, left_out, third(data, 0)))
+        student = students[left_out]
         prompts, y = [r.prompt for r in test], np.array([r.mean for r in test])
         for n in (0, 20, 50, 200):
             for seed in range(seeds if n else 1):
@@ -276,12 +282,12 @@ def mixed(data: Data, seeds: int = 3, known: int = 20) -> None:
 
 @app.command()
 def speed(data: Data, repeats: int = 20) -> None:
-    "Microseconds a prompt of 128 words, one at a time and in batches of 64; least of the repeats and their median."
+    "Microseconds a prompt of about 128 tokens (words and marks), one at a time and in batches of 64; least of the repeats and their median."
     import time
 
     student = load_student(OUT)
     rows = free(data).drop_duplicates("prompt_id")
-    prompts = [p for p in rows.prompt if 118 <= len(p.split()) <= 138][:256]
+    prompts = [p for p in rows.prompt if 118 <= len(WORD.findall(p.lower().encode())) <= 138][:256]
     out: dict[str, dict[str, float]] = {}
     for name, size in (("one at a time", 1), ("batches of 64", 64)):
         took = []
