@@ -12,12 +12,14 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from .waiting import PolicyQueue
+
 # %% ../nbs/35_adapter.ipynb #5c166252
 class PolicyRequestQueue:
     "vLLM's `RequestQueue` over a `PolicyQueue` (see `waiting`)."
 
-    def __init__(self, q: Any) -> None:  # a PolicyQueue of requests
-        self.q = q
+    def __init__(self, q: Any) -> None:  # a PolicyQueue of requests, or the policy of a new one
+        self.q = q if isinstance(q, PolicyQueue) else PolicyQueue(q)
 
     def add_request(self, request: Any) -> None:
         self.q.add(request, request.arrival_time, request.priority)
