@@ -52,6 +52,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'pars_nb.adapter._Skipped.remove_request': ('adapter.html#_skipped.remove_request', 'pars_nb/adapter.py'),
                                  'pars_nb.adapter._either': ('adapter.html#_either', 'pars_nb/adapter.py'),
                                  'pars_nb.adapter._two_parts': ('adapter.html#_two_parts', 'pars_nb/adapter.py'),
+                                 'pars_nb.adapter.admit': ('adapter.html#admit', 'pars_nb/adapter.py'),
                                  'pars_nb.adapter.follow_async': ('adapter.html#follow_async', 'pars_nb/adapter.py'),
                                  'pars_nb.adapter.holds_blocks': ('adapter.html#holds_blocks', 'pars_nb/adapter.py'),
                                  'pars_nb.adapter.is_async': ('adapter.html#is_async', 'pars_nb/adapter.py'),
