@@ -44,6 +44,7 @@ class Express:
         every: int = 64,  # how many new ones before another look
     ) -> None:
         self.share, self.every, self.new, self.prior = share, every, 0, bin_means(work_shares, bins)
+        self.tokens: float | None = None  # of a mean request; None until some have finished
         self.done: list[deque[float]] = [deque(maxlen=window) for _ in range(bins)]
         self.quantile = self._look()
 
@@ -54,6 +55,7 @@ class Express:
         work = [(3 * scale * p + sum(d)) / (3 + len(d)) for p, d in zip(self.prior, self.done, strict=True)]
         allowed, mean = self.share * sum(work), sum(work) / len(work)
         self.means = [w / mean for w in work]
+        self.tokens = mean if known else None
         for k, w in enumerate(work):
             if w > allowed and self.share < 1:
                 return (k + allowed / w) / len(work)
@@ -63,6 +65,13 @@ class Express:
     def work(self, quantile: float) -> float:
         "The real work to be expected of a request at this quantile of the predicted order, in means of all."
         return self.means[min(len(self.means) - 1, int(quantile * len(self.means)))]
+
+    def like(self, every: int) -> "Express":
+        "Another one, which begins with what this one knows."
+        other = Express(self.share, bins=len(self.means), every=every)
+        other.prior = list(self.means)
+        other.quantile = other._look()
+        return other
 
     def seen(self, quantile: float | None, work: float) -> bool:  # has the lane's end moved?
         "A request has finished: the quantile of what it was thought to cost (None: not known), and what it did cost, in tokens."

@@ -7,9 +7,10 @@ __all__ = ['Claim', 'Shadow', 'Followed', 'one', 'Tail']
 
 # %% ../nbs/23_tail.ipynb #2fdf4d71
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from .cost import Cost, Ticket, by_score
 from .policy import Scale
@@ -20,6 +21,7 @@ class Claim:
     "A request's part of the shadow."
     arrival: float  # seconds
     work: int  # thousandths of a mean request
+    tenant: Any = None  # the account that it goes on
     admitted: bool = False  # by the real queue
     passed: bool = False  # by the shadow
     near: bool = False  # it came before the limit, see below
@@ -35,6 +37,7 @@ class Shadow:
         self.credit = 0  # work that the real queue let in, and the shadow has not served yet
         self.waiting = 0  # work that waits
         self.beyond = 0  # work let in that came after the limit, the lane left out
+        self.lead: Counter[Any] = Counter()  # of each tenant: its work that was let in, less what the shadow has served of it
 
     def since(self) -> float:
         "The arrival of the one whose turn it would be; ∞ when all have been served."
@@ -45,9 +48,15 @@ class Shadow:
             if claim.work and self.credit < claim.work:
                 return claim.arrival
             self.line.popleft()
-            self.credit -= claim.work
+            self._credit(claim, -claim.work)
             claim.passed = True
         return math.inf
+
+    def _credit(self, claim: Claim, work: int) -> None:
+        self.credit += work
+        self.lead[claim.tenant] += work
+        if not self.lead[claim.tenant]:
+            del self.lead[claim.tenant]
 
     def _near(self, claim: Claim) -> None:
         claim.near = True
@@ -67,7 +76,7 @@ class Followed(Shadow):
         "A request comes, is scored, or comes back although it was taken out (it was looked at and skipped)."
         claim = t.claim
         if claim is None:
-            t.claim = Claim(t.arrival, work)
+            t.claim = Claim(t.arrival, work, t.tenant)
             self.later.append(t.claim)
             self.waiting += work
         elif not claim.admitted and not claim.passed:
@@ -78,7 +87,7 @@ class Followed(Shadow):
 
     def _count(self, claim: Claim, admitted: bool, ahead: bool) -> None:
         work = claim.work if admitted else -claim.work
-        self.credit += work
+        self._credit(claim, work)
         self.waiting -= work
         self.beyond += work if ahead and not claim.near else 0
         claim.admitted, claim.ahead = admitted, admitted and ahead and not claim.near
@@ -95,9 +104,17 @@ class Followed(Shadow):
             return
         self.waiting -= claim.work
         if claim.passed:
-            self.credit += claim.work
+            self._credit(claim, claim.work)
         else:
             claim.work = 0
+
+    def settle(self, t: Ticket, work: int) -> None:
+        "A request that was let in has ended, and this is the work that it was indeed. Once its turn is over that says nothing more."
+        claim = t.claim
+        if claim is not None and claim.admitted and not claim.passed:
+            self._credit(claim, work - claim.work)
+            self.beyond += work - claim.work if claim.ahead and not claim.near else 0
+            claim.work = work
 
 # %% ../nbs/23_tail.ipynb #19a82c60
 def one(quantile: float) -> float:

@@ -141,9 +141,13 @@ class Headed(Ordered[T_]):
     "The same, and its head."
     promoted = 0  # how many went first because they were the oldest
 
+    def shortest(self) -> T_:
+        "The one with the smallest key. Raises IndexError when there is none."
+        return self.keys.first()
+
     def elder_goes(self) -> bool:
         "Does the oldest of the first class go before the one with the smallest key?"
-        eldest, shortest = self.waiting[self.ages.first()], self.waiting[self.keys.first()]
+        eldest, shortest = self.waiting[self.ages.first()], self.waiting[self.shortest()]
         if shortest.arrival - eldest.arrival > getattr(self.policy, "max_overtake_s", math.inf):
             return True
         return not self.in_lane(shortest) and (self.late(eldest) or self.far(shortest))
@@ -160,13 +164,13 @@ class Headed(Ordered[T_]):
         "The next one. Raises IndexError on an empty queue."
         if self.waiting and hasattr(self.policy, "ratio"):
             return min(self.waiting, key=self.place)
-        return self.ages.first() if self.waiting and self.elder_goes() else self.keys.first()
+        return self.ages.first() if self.waiting and self.elder_goes() else self.shortest()
 
     def pop(self) -> T_:
         "Take out what `peek` shows. Raises IndexError on an empty queue."
         item = self.peek()
         t = self.waiting[item]
-        self.promoted += not hasattr(self.policy, "ratio") and item != self.keys.first()
+        self.promoted += not hasattr(self.policy, "ratio") and item == self.ages.first() and item != self.shortest()
         self.shadows[t.priority].take(t, self.in_lane(t))
         super().remove(item)
         return item
