@@ -90,7 +90,7 @@ def main():
     open_work = [line for check in (silent, long_cells) for name, book in shelf.items() for line in check(name, book)]
     print(*wrong, *open_work, sep="\n", end="\n" if wrong or open_work else "")
     figures = sum(any("image/png" in o.get("data", {}) for _, o in outputs(book)) for book in shelf.values())
-    print(f"{len(shelf)} notebooks: {len(wrong)} outputs to mend, {len(open_work)} without outputs or cells over their bound; {figures} hold a figure")
+    print(f"{len(shelf)} notebooks: {len(wrong)} outputs to mend, {len(open_work)} without outputs or over their bound; {figures} hold a figure")
     sys.exit(bool(wrong or open_work and "--strict" in sys.argv))
 
 
