@@ -1,7 +1,7 @@
 """What a reader on a code host sees: every notebook has outputs, and none holds what changes from run to run.
 
 `--strip` (part of `make notebooks`) first takes out widgets' views, warnings on stderr and the addresses of objects.
-Cells over their bound are listed; they fail the check only with `--strict`.
+Notebooks without outputs and cells over their bound are listed; they fail the check only with `--strict`.
 """
 import base64
 import json
@@ -86,12 +86,12 @@ def main():
         for path in (ROOT / "nbs").glob("*.ipynb"):
             strip(path)
     shelf = books()
-    wrong = [line for name, book in shelf.items() for check in (silent, wrong_outputs) for line in check(name, book)]
-    long = [line for name, book in shelf.items() for line in long_cells(name, book)]
-    print(*wrong, *long, sep="\n", end="\n" if wrong or long else "")
+    wrong = [line for name, book in shelf.items() for line in wrong_outputs(name, book)]
+    open_work = [line for check in (silent, long_cells) for name, book in shelf.items() for line in check(name, book)]
+    print(*wrong, *open_work, sep="\n", end="\n" if wrong or open_work else "")
     figures = sum(any("image/png" in o.get("data", {}) for _, o in outputs(book)) for book in shelf.values())
-    print(f"{len(shelf)} notebooks: {len(wrong)} outputs to mend, {len(long)} cells over their bound; {figures} notebooks hold a figure")
-    sys.exit(bool(wrong or long and "--strict" in sys.argv))
+    print(f"{len(shelf)} notebooks: {len(wrong)} outputs to mend, {len(open_work)} without outputs or over their bound; {figures} hold a figure")
+    sys.exit(bool(wrong or open_work and "--strict" in sys.argv))
 
 
 if __name__ == "__main__":
