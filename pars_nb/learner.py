@@ -1031,7 +1031,10 @@ def serve(fd: int, door: int = -1, path: str = "") -> None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, range(os.cpu_count() or 1))  # off the cores that the engine may be bound to
     engines = Engines(patient(socket.socket(fileno=fd)), socket.socket(fileno=door) if door >= 0 else None)
-    process = Process(engines, *engines.first.recv())
+    try:
+        process = Process(engines, *engines.first.recv())
+    except EOFError:  # the engine has ended before it said what to learn
+        return
     while engines.pipes:
         process.turn()
     if engines.door is not None:
