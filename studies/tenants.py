@@ -1,9 +1,11 @@
 """Tenants (nbs/25_tenants.ipynb) and objectives (nbs/26_deadlines.ipynb) in vLLM's own scheduler on a nominal clock, recorded lengths and
 arrivals. `clocked` writes results/tail/tenants.json: what a tenant that games or floods does to the others; `goodput` writes
-results/tail/goodput.json: how many requests keep a promise.
+results/tail/goodput.json: how many requests keep a promise; `together` writes results/tail/together.json: what counts as come together,
+in the event simulator.
 
     python studies/tenants.py clocked --folder ../shared/data --engine results/arena/engine_cpu.json
     python studies/tenants.py goodput --folder ../shared/data --engine results/arena/engine_cpu.json
+    python studies/tenants.py together --folder ../shared/data --engine results/arena/engine_cpu.json
 """
 import json
 from types import SimpleNamespace
@@ -15,12 +17,16 @@ import pandas as pd
 import typer
 from clocked import play
 from common import EngineFile, gaps_of, ours, scheduler_of, write
-from tail import Folder, Hears, Nominal, drawn, hasher_of, lengths_of
+from tail import DATASETS, Folder, Hears, LearnedTail, Nominal, drawn, hasher_of, lengths_of, show, summary_of
 
 import pars_nb.scheduler as module
 from pars_nb.calibrate import load_engine
+from pars_nb.card import RankerMeta
+from pars_nb.lane import Express
 from pars_nb.latency import summarise
-from pars_nb.simulate import Requests, capacity
+from pars_nb.policy import FCFS, Policy, SJF, Scale
+from pars_nb.simulate import Requests, capacity, simulate
+from pars_nb.tail import Tail
 
 app = typer.Typer(add_completion=False)
 KEYS = ["mean_ntpot_ms", "mean_e2el_ms", "p99_e2el_ms"]
@@ -129,6 +135,33 @@ def goodput(folder: Folder, engine: EngineFile, trace: str = "trace_azure2023_co
         print(d.round(3).to_string(), flush=True)
     write("tail/goodput", requests=requests, seeds=seeds, promises=PROMISES, data=data, tau=tau, max_tokens=max_tokens, engine=e.model_dump(),
           summary=json.loads(d.reset_index().to_json(orient="records")))
+
+
+@app.command()
+def together(folder: Folder, engine: EngineFile, trace: str = "trace_azure2023_conv.parquet", requests: int = 1500, seeds: int = 5,
+             rho: list[float] = [0.7, 0.8, 0.9, 1.0, 1.1], tail: float = 1.1, lane: float = 0.05, max_tokens: int = 1024):  # noqa: B006
+    "A twentieth of a second, and (tail − 1) × the p99 of the service time: the gap closed and p99 E2EL."
+    e, gaps, rows = load_engine(engine), np.array(gaps_of(folder / trace)), []
+    for data in DATASETS:
+        lengths, tau = lengths_of(folder, data)
+        rate = capacity(drawn(lengths, tau, 2000, 0, most=max_tokens), e)
+        for what in rho:
+            for seed in range(seeds):
+                r = drawn(lengths, tau, requests, seed, gaps, max_tokens)
+                r = r._replace(arrival=r.arrival / (what * rate))
+                fcfs, held = simulate(r, e), RankerMeta()
+                held.measure(r.score, r.output)
+                service = float(np.percentile(fcfs.last - fcfs.start, 99))
+                table = np.quantile(r.score, np.linspace(0, 1, 201)).tolist()
+                todo: dict[str, tuple[Policy, Requests]] = {"FCFS": (FCFS(), r), "Oracle SJF": (SJF(), r._replace(score=r.output.astype(float)))}
+                for name, s in (("none", 0.0), ("0.05 s", 0.05), ("learned", max(0.05, (tail - 1) * service))):
+                    rule = LearnedTail(Tail(Scale(table), tail, together_s=s), r.output, Express(lane, held.work_shares))
+                    todo[name] = rule, r
+                rows += [dict(data=data, what=what, seed=seed, queue=q, **summarise(simulate(told, e, p).served())) for q, (p, told) in todo.items()]
+    d = summary_of(rows)
+    show(d)
+    write("tail/together", requests=requests, seeds=seeds, tail=tail, lane=lane, engine=e.model_dump(),
+          summary=json.loads(d.to_json(orient="records")))
 
 
 if __name__ == "__main__":
