@@ -224,6 +224,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'pars_nb.deadlines.Service.ended': ('deadlines.html#service.ended', 'pars_nb/deadlines.py'),
                                    'pars_nb.deadlines.Service.let_in': ('deadlines.html#service.let_in', 'pars_nb/deadlines.py'),
                                    'pars_nb.deadlines.Service.says': ('deadlines.html#service.says', 'pars_nb/deadlines.py'),
+                                   'pars_nb.deadlines.Service.slow': ('deadlines.html#service.slow', 'pars_nb/deadlines.py'),
                                    'pars_nb.deadlines.Service.spoke': ('deadlines.html#service.spoke', 'pars_nb/deadlines.py'),
                                    'pars_nb.deadlines.objective_of': ('deadlines.html#objective_of', 'pars_nb/deadlines.py')},
             'pars_nb.engine': { 'pars_nb.engine.Engine': ('engine.html#engine', 'pars_nb/engine.py'),
