@@ -34,7 +34,7 @@ def objective_of(extra: Mapping[str, Any] | None, default: Objective = Objective
         told.append(seconds if seconds > 0 else otherwise)
     return Objective(*told)
 
-# %% ../nbs/26_deadlines.ipynb #2e822834
+# %% ../nbs/26_deadlines.ipynb #906db42b
 class Service(Generic[T_]):
     "Seconds from admission to the first and to the last token."
 
@@ -42,6 +42,7 @@ class Service(Generic[T_]):
         self.quantile = quantile
         self.firsts: deque[float] = deque(maxlen=200)
         self.lasts: list[deque[float]] = [deque(maxlen=window) for _ in range(bins)]  # by place in the predicted order
+        self.recent: deque[float] = deque(maxlen=1000)  # the last ones, all together
         self.since: dict[T_, float] = {}  # when those that run were let in
         self.silent: set[T_] = set()  # those of them that have no token yet
 
@@ -62,6 +63,11 @@ class Service(Generic[T_]):
         since = self.since.pop(item, None)
         if since is not None and not cut:
             self._bin(at).append(now - since)
+            self.recent.append(now - since)
+
+    def slow(self) -> float:
+        "What the slowest hundredth takes at least; 0 until a hundred have finished."
+        return sorted(self.recent)[int(0.99 * len(self.recent))] if len(self.recent) >= 100 else 0.0
 
     def _bin(self, at: float | None) -> deque[float]:
         return self.lasts[int(min(max(0.5 if at is None else at, 0.0), 1.0 - 1e-9) * len(self.lasts))]

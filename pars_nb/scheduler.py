@@ -13,6 +13,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -48,7 +49,7 @@ class PARSConfig(BaseModel, extra="forbid", populate_by_name=True):
     policy: Literal["pars", "fcfs", "sjf", "threshold", "hrrn"] = "pars"
     tail: float = Field(1.1, ge=0)  # pars: how long a request may wait, in what FCFS makes requests wait now; 0: FCFS and the lane
     lane: float = Field(0.05, ge=0, le=1, validation_alias=AliasChoices("lane", "express_share"))  # share of the work that always goes ahead
-    together_s: float = Field(0.05, ge=0, allow_inf_nan=False)  # pars: what came within so many seconds of each other came together
+    together_s: float = Field(0.05, ge=0, allow_inf_nan=False)  # pars: what came within so many seconds came together (more where answers are slow)
     max_overtake_s: float | None = Field(None, ge=0, allow_inf_nan=False)  # a hard bound: none is passed by one that came later; 0: FCFS
     tenants: int = Field(32, ge=0)  # accounts (`vllm_xargs: {"pars_tenant": …}`, else `cache_salt`); the rest share one; 0: one for all
     slo_ttft_s: float | None = Field(None, gt=0)  # what can still have its first token by then goes first (or `pars_slo_ttft_s` of a request)
@@ -256,7 +257,10 @@ class FairScheduler(ShownScheduler):
     "Tenants pay for themselves, and objectives count."
 
     def policy_now(self) -> Policy:
-        return by_tenant(super().policy_now(), self.waiting.q.accounts)
+        policy, least = super().policy_now(), self.pars.together_s
+        if least and isinstance(policy, Tail):  # an order of what came while the slowest run costs the tail next to nothing
+            policy = replace(policy, together_s=max(least, (self.pars.tail - 1) * self.waiting.q.service.slow()))
+        return by_tenant(policy, self.waiting.q.accounts)
 
     def ended(self, request: Request, t: Ticket, length: int, aborted: bool) -> None:
         super().ended(request, t, length, aborted)
@@ -269,11 +273,10 @@ class FairScheduler(ShownScheduler):
     def count(self, admitted: list[Any], now: float) -> None:
         "And when they were let in, and have their first token."
         super().count(admitted, now)
-        q = self.waiting.q
-        if q.aims:
-            q.service.spoke([r for r in q.service.silent if r.num_output_tokens], now)
-            for new in admitted:
-                q.service.let_in(self.requests[new.req_id], now)
+        service = self.waiting.q.service
+        service.spoke([r for r in service.silent if r.num_output_tokens], now)
+        for new in admitted:
+            service.let_in(self.requests[new.req_id], now)
 
 # %% ../nbs/36_scheduler.ipynb #75b749e9
 class PARSScheduler(FairScheduler):

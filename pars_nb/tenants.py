@@ -78,7 +78,7 @@ class Accounts(Tenants):
             return 1.0
         return self.lanes[name].quantile / self.everyone.quantile
 
-# %% ../nbs/25_tenants.ipynb #ab0d799d
+# %% ../nbs/25_tenants.ipynb #43babb76
 @dataclass(frozen=True)
 class TenantTail(Tail):
     "The tail rule with each tenant's own lane and charges."
@@ -92,7 +92,7 @@ class TenantTail(Tail):
 
     def lead(self, waiting: int) -> float:  # work
         "How much a tenant may be ahead of its turns."
-        return max(0.0, self.tail - 1) / 5 * waiting
+        return max(0.0, self.tail - 1) / 10 * waiting
 
 
 def by_tenant(policy: Policy, accounts: Accounts) -> Policy:
