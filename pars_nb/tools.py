@@ -7,6 +7,7 @@ __all__ = ['export', 'push', 'pull', 'distill', 'score_server', 'learn', 'show_l
            'engine_of', 'sensible', 'recorded', 'watched']
 
 # %% ../nbs/62_tools.ipynb #95e8868b
+import json
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -209,6 +210,18 @@ def calibrate(
                   f"engine's probes say (counted in), and a request spends {1e3 * c.overhead_s:.1f} ms outside of steps", soft_wrap=True)
     console.print(f"→ {out}; next: [bold]pars advise --engine {out} --trace my-trace.parquet[/]", soft_wrap=True)
 
+# %% ../nbs/62_tools.ipynb #e1e5e578
+def _tell(report: dict[str, Any]) -> None:
+    "An advice on the screen."
+    t = Table("policy", "mean NTPOT", "× FCFS", "p99 E2EL", "× FCFS", title=f"{report['requests']:,} requests, simulated", title_justify="left")
+    for row in report["table"]:
+        t.add_row(row["policy"], f"{row['mean_ntpot_ms']:,.1f} ms", f"{row['mean_ntpot_ms_ratio']:.2f}", f"{row['p99_e2el_ms'] / 1e3:,.1f} s",
+                  f"{row['p99_e2el_ms_ratio']:.2f}")
+    console.print(t)
+    console.print(f"[bold]{report['verdict']}[/]", soft_wrap=True)
+    if report["settings"]:
+        console.print(f"--additional-config '{json.dumps(dict(pars=report['settings']))}'", soft_wrap=True, markup=False)
+
 # %% ../nbs/62_tools.ipynb #e0c480f3
 @app.command()
 @clear_errors
@@ -235,8 +248,6 @@ def advise(
     pars advise --metrics-url http://localhost:8000/metrics --watch-s 300 --engine engine.json
     pars advise --trace trace.parquet --gpu H100 --model-config config.json[/]
     """
-    import json
-
     from pars_nb.advise import advise as ask
     from pars_nb.advise import to_html
 
@@ -246,14 +257,7 @@ def advise(
     model = engine_of(engine, gpu, model_config, gpus)
     r = recorded(trace, limit, columns) if trace else watched(str(metrics_url), watch_s, min(limit, 5000))
     report = ask(r._replace(arrival=r.arrival / speed), model, tau, seeds, replicas=replicas, routing=routing)
-    t = Table("policy", "mean NTPOT", "× FCFS", "p99 E2EL", "× FCFS", title=f"{report['requests']:,} requests, simulated", title_justify="left")
-    for row in report["table"]:
-        t.add_row(row["policy"], f"{row['mean_ntpot_ms']:,.1f} ms", f"{row['mean_ntpot_ms_ratio']:.2f}", f"{row['p99_e2el_ms'] / 1e3:,.1f} s",
-                  f"{row['p99_e2el_ms_ratio']:.2f}")
-    console.print(t)
-    console.print(f"[bold]{report['verdict']}[/]", soft_wrap=True)
-    if report["settings"]:
-        console.print(f"--additional-config '{json.dumps(dict(pars=report['settings']))}'", soft_wrap=True, markup=False)
+    _tell(report)
     out.write_text(to_html(report))
     out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     console.print(f"→ {out}, {out.with_suffix('.json')}", soft_wrap=True)
