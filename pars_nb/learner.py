@@ -814,10 +814,11 @@ class Learner(Engine):
         most_waiting: int = 4096,  # finished requests not yet handed over; more are not learned from
         stale_s: float = 600.0,  # tables of a process that is gone serve so long
         together: str | None = None,  # engines of one user on this machine that give the same word have one process
+        keep_every_s: float = 60.0,  # between two writings of the state
         fleet: str | None = None,  # URL of a `pars score-server`: what finishes goes there too, and its tables are one more candidate
     ) -> None:
         self.settings = dict(target=target, state=None if state is None else str(state), name=name, floor=floor, ranker=ranker, share=share,
-                             together=together, fleet=fleet)
+                             together=together, fleet=fleet, every_s=keep_every_s)
         self.verdict, self.dropped, self.stale_s = Verdict("ranker" if ranker else None, None, {}), 0, stale_s
         self.core = None if process else self._begin()
         self.child = Child(self.settings, most_waiting) if process else None
@@ -1004,7 +1005,7 @@ class Process(Served):
         self.news |= self.core.follows in self.core.refit()  # what was due while the share of a core was used up
         if self.news or (self.told != self.core.seen and time.monotonic() > self.quiet):
             self.tell()
-        if self.settings["state"] and time.monotonic() > self.saved + self.settings.get("every_s", 60):
+        if self.settings["state"] and time.monotonic() > self.saved + self.settings["every_s"]:
             self.saved, before = time.monotonic(), self.wrong
             self.wrong = _keep(self.core, self.settings)
             if self.wrong and self.wrong != before:  # said once
