@@ -4,6 +4,7 @@ JSON in results/learning. Requests finish in the order they came; each is predic
     python studies/learning.py streams --data ../shared/data --tokenizer MODEL_FOLDER
     python studies/learning.py parts --data ../shared/data --tokenizer MODEL_FOLDER
     python studies/learning.py clocked --data ../shared/data --tokenizer MODEL_FOLDER --engine results/arena/engine_cpu.json
+    python studies/learning.py prior --data ../shared/data --tokenizer MODEL_FOLDER
     python studies/learning.py live --minutes 30
     python studies/learning.py cost --data ../shared/data --tokenizer MODEL_FOLDER
 """
@@ -63,6 +64,7 @@ class Source:
     "Recorded lengths as traffic, each prompt once, one of its runs."
 
     def __init__(self, data: Path, tokenizer: Path) -> None:
+        self.text: dict[tuple[int, ...], str] = {}  # of the prompts drawn so far
         self.data, self.tok = data, Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
         self.tok.no_truncation()
         self.tok.no_padding()
@@ -78,6 +80,7 @@ class Source:
         prompts = list((rows if model is None else rows[rows.model == model]).groupby("prompt", sort=False).response_tokens)
         chosen = [prompts[i] for i in rng.permutation(len(prompts))[:most]]
         ids = [e.ids for e in self.tok.encode_batch([prompt for prompt, _ in chosen], add_special_tokens=False)]
+        self.text |= {tuple(i): prompt for i, (prompt, _) in zip(ids, chosen, strict=True)}
         return Traffic(ids, [app] * len(ids), np.array([n.iloc[int(rng.integers(len(n)))] for _, n in chosen], dtype=float))
 
     def mixed(self, model: str, most: int, seed: int, weights: Sequence[float] = (1, 1, 1, 1, 1, 1), part: slice = slice(None)) -> Traffic:
@@ -227,6 +230,25 @@ def parts(data: Data, tokenizer: Words, seeds: int = 2) -> None:
     for p, v in table.items():
         print(f"{p:30}", v, f"mean {np.mean(list(v.values())):.4f}")
     write("learning/parts", cuts=cuts, seeds=seeds, mean_over_cuts=table, each=out)
+
+
+@app.command()
+def prior(data: Data, tokenizer: Words, seeds: int = 2, most: int = 1000) -> None:
+    "The first requests with the package's universal ranker and without: streams of instructions that it was not trained on."
+    from pars_nb.backends import open_ranker
+
+    source, universal, out = Source(data, tokenizer), open_ranker("universal"), dict[str, Any]()
+    cuts = (0, 60, 100, 200, 400, most)
+    for file in ("alpaca_davinci003", "alpaca_vicuna7b", "alpaca_gpt4_subset"):
+        runs: dict[str, list[Any]] = {"nothing": [], "universal": []}
+        for seed in range(seeds):
+            t = source.one(file, None, most, seed)
+            given = universal.score([source.text[tuple(p)] for p in t.prompts]).astype(float)
+            for name, g in (("nothing", None), ("universal", given)):
+                runs[name].append(follow(source.signals(t), t.lengths, g, cuts))
+        out[file] = {k: dict(median=median([r["blocks"] for r in v]), first_followed=[r["first_followed"] for r in v]) for k, v in runs.items()}
+        print(file, json.dumps(out[file]), flush=True)
+    write("learning/prior", cuts=cuts, seeds=seeds, streams=out)
 
 
 @dataclass
