@@ -26,6 +26,7 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -822,6 +823,8 @@ class Learner(Engine):
         self.verdict, self.dropped, self.stale_s = Verdict("ranker" if ranker else None, None, {}), 0, stale_s
         self.core = None if process else self._begin()
         self.child = Child(self.settings, most_waiting) if process else None
+        if self.child is not None:
+            weakref.finalize(self, self.child.close)  # a scheduler that is dropped leaves no process behind
         self.changed = False
 
     def _begin(self) -> Core:
@@ -1187,6 +1190,9 @@ class Child(Started):
 
     def _run(self) -> None:
         wait = self.patience_s
+        while len(self.todo) < 16 and not self.ended and not self.settings["state"]:
+            self.wake.wait()  # an engine with nothing to learn yet, and no state to read, has no process
+            self.wake.clear()
         while not self.ended:
             began = time.monotonic()
             try:
