@@ -27,7 +27,7 @@ from tokenizers import Tokenizer
 from pars_nb import learner as learner_module
 from pars_nb.calibrate import load_engine
 from pars_nb.latency import summarise
-from pars_nb.learner import Core, Learner, Row, columns, fit, scores
+from pars_nb.learner import Core, Learner, Row, columns, fit, ridge, schema, scores
 from pars_nb.order import tau_b
 from pars_nb.signals import Marks, Reader, Signals
 
@@ -201,9 +201,23 @@ def standardised(x: np.ndarray, bound: np.ndarray | None = None) -> tuple[np.nda
     return (log - log.mean()) / (log.std() + 1e-9), log.mean() + log.std() * np.linspace(-3.5, 3.5, 281)
 
 
+def weighed(power: float, least: int) -> Callable[..., dict[str, Any]]:
+    "Words by another power of their inverse document frequency, and from so many requests on."
+
+    def changed(c: Any, base: Any) -> dict[str, Any]:
+        n, seen = len(c.counts), np.bincount(c.words, minlength=learner_module.SLOTS)
+        idf = np.where(seen >= least, (np.log((1 + n) / (1 + seen)) + 1) ** power, 0.0)
+        return schema(c, base) | dict(idf=idf)
+
+    return changed
+
+
 PARTS: dict[str, dict[str, Any]] = {  # what is changed in pars_nb.learner
     "as it is": {}, "log length as the target": dict(normal_scores=standardised), "no applications": dict(APP=1e-6), "no tags": dict(TAG=1e-6),
     "no prompt length": dict(LENGTH=1e-6), "none of the three": dict(APP=1e-6, TAG=1e-6, LENGTH=1e-6), "weak applications": dict(APP=0.25),
+    "half the shrinkage": dict(ridge=partial(ridge, alpha=0.5)), "twice the shrinkage": dict(ridge=partial(ridge, alpha=2.0)),
+    "all words alike": dict(schema=weighed(0.0, 2)), "rare words more": dict(schema=weighed(1.0, 2)),
+    "words of one request too": dict(schema=weighed(0.5, 1)), "words of three": dict(schema=weighed(0.5, 3)),
     "strong applications": dict(APP=1.0), "192 first and 64 last tokens": {}, "no marks of the chat template": {}}
 
 
