@@ -429,7 +429,7 @@ class Verdict(NamedTuple):
     model: Model | None  # the tables that are followed; None with follows = `ranker`
     report: dict[str, Any]
 
-
+# %% ../nbs/31_learner.ipynb #df213e0f
 class Memory:
     "The finished requests that are not forgotten."
 
@@ -951,7 +951,7 @@ class Engines:
             self.pipes.remove(pipe)
             pipe.close()
 
-
+# %% ../nbs/31_learner.ipynb #f401d92a
 def patient(line: socket.socket, most_s: int = 10) -> Connection:
     "A pipe whose `send` raises OSError when its other end reads nothing for so long."
     line.setblocking(True)
