@@ -1190,8 +1190,8 @@ class Child(Started):
 
     def _run(self) -> None:
         wait = self.patience_s
-        while len(self.todo) < 16 and not self.ended and not self.settings["state"]:
-            self.wake.wait()  # an engine with nothing to learn yet, and no state to read, has no process
+        while len(self.todo) < 16 and not self.ended and not (self.settings["state"] or self.settings["fleet"]):
+            self.wake.wait()  # an engine with nothing to learn yet, nor a state to read, nor a fleet, has no process
             self.wake.clear()
         while not self.ended:
             began = time.monotonic()
