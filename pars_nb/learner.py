@@ -429,6 +429,30 @@ class Verdict(NamedTuple):
     model: Model | None  # the tables that are followed; None with follows = `ranker`
     report: dict[str, Any]
 
+# %% ../nbs/31_learner.ipynb #df213e0f
+class Memory:
+    "The finished requests that are not forgotten."
+
+    def __init__(self, most_words: int = 1_000_000, most_rows: int = 10_000) -> None:
+        self.most_words, self.most_rows = most_words, most_rows
+        self.rows: deque[Row] = deque()
+        self.running: list[Row] = []  # bounds of those that run
+        self.words = self.seen = self.forgot = 0
+
+    def remember(self, rows: Sequence[Row]) -> None:
+        "Requests have finished; what is too much is forgotten, the oldest first."
+        self.rows.extend(rows)
+        self.words += sum(len(r.signals.words) for r in rows)
+        self.seen += len(rows)
+        while len(self.rows) > self.most_rows or (self.words > self.most_words and len(self.rows) > 64):
+            self.words -= len(self.rows.popleft().signals.words)
+
+    def forget(self, keep: int = 512) -> None:
+        "All but the last are of another time."
+        while len(self.rows) > keep:
+            self.words -= len(self.rows.popleft().signals.words)
+        self.forgot += 1
+
 # %% ../nbs/31_learner.ipynb #589cb17b
 class Memory:
     "The finished requests that are not forgotten."
@@ -823,10 +847,11 @@ class Learner(Engine):
         most_waiting: int = 4096,  # finished requests not yet handed over; more are not learned from
         stale_s: float = 600.0,  # tables of a process that is gone serve so long
         together: str | None = None,  # engines of one user on this machine that give the same word have one process
+        keep_every_s: float = 60.0,  # between two writings of the state
         fleet: str | None = None,  # URL of a `pars score-server`: what finishes goes there too, and its tables are one more candidate
     ) -> None:
         self.settings = dict(target=target, state=None if state is None else str(state), name=name, floor=floor, ranker=ranker, share=share,
-                             together=together, fleet=fleet)
+                             together=together, fleet=fleet, every_s=keep_every_s)
         self.verdict, self.dropped, self.stale_s = Verdict("ranker" if ranker else None, None, {}), 0, stale_s
         self.core = None if process else self._begin()
         self.child = Child(self.settings, most_waiting) if process else None
@@ -843,8 +868,6 @@ class Learner(Engine):
     def report(self) -> dict[str, Any]:
         "seen, fits, forgot, follows, tau_b {candidate: (τ_b, lower end of its interval, n)}, cpu_s, dropped, alive."
         return self.verdict.report | dict(dropped=self.dropped, alive=self.child is None or self.child.alive)
-
-
 
 # %% ../nbs/31_learner.ipynb #021f876a
 def _start_core(settings: dict[str, Any], share: float | None = None, fresh: bool = True) -> tuple[Core, str | None]:  # what went wrong
@@ -951,7 +974,7 @@ class Engines:
             self.pipes.remove(pipe)
             pipe.close()
 
-
+# %% ../nbs/31_learner.ipynb #f401d92a
 def patient(line: socket.socket, most_s: int = 10) -> Connection:
     "A pipe whose `send` raises OSError when its other end reads nothing for so long."
     line.setblocking(True)
@@ -1008,7 +1031,7 @@ class Process(Served):
         self.news |= self.core.follows in self.core.refit()  # what was due while the share of a core was used up
         if self.news or (self.told != self.core.seen and time.monotonic() > self.quiet):
             self.tell()
-        if self.settings["state"] and time.monotonic() > self.saved + self.settings.get("every_s", 60):
+        if self.settings["state"] and time.monotonic() > self.saved + self.settings["every_s"]:
             self.saved, before = time.monotonic(), self.wrong
             self.wrong = _keep(self.core, self.settings)
             if self.wrong and self.wrong != before:  # said once
@@ -1190,8 +1213,8 @@ class Child(Started):
 
     def _run(self) -> None:
         wait = self.patience_s
-        while len(self.todo) < 16 and not self.ended and not self.settings["state"]:
-            self.wake.wait()  # an engine with nothing to learn yet, and no state to read, has no process
+        while len(self.todo) < 16 and not self.ended and not (self.settings["state"] or self.settings["fleet"]):
+            self.wake.wait()  # an engine with nothing to learn yet, nor a state to read, nor a fleet, has no process
             self.wake.clear()
         while not self.ended:
             began = time.monotonic()
