@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -734,6 +735,8 @@ class Learner(Engine):
         self.verdict, self.dropped, self.stale_s = Verdict("ranker" if ranker else None, None, {}), 0, stale_s
         self.core = None if process else _start_core(self.settings, None)
         self.child = Child(self.settings, most_waiting) if process else None
+        if self.child is not None:
+            weakref.finalize(self, self.child.close)  # a scheduler that is dropped leaves no process behind
         self.changed = False
 
     @property
@@ -884,6 +887,9 @@ class Child(Fed):
 
     def _run(self) -> None:
         wait = self.patience_s
+        while len(self.todo) < 16 and not self.ended and not self.settings["state"]:
+            self.wake.wait()  # an engine with nothing to learn yet, and no state to read, has no process
+            self.wake.clear()
         while not self.ended:
             began = time.monotonic()
             try:

@@ -24,7 +24,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from .adapter import follow_async, take_over
 from .card import Cap, RankerMeta
-from .chat import chat_marks, last_user_turn, mark_ids
+from .chat import chat_marks, mark_ids, turn_of
 from .cost import Cost, Ticket, Tokens, by_score, gittins_factor, tail_factor
 from .deadlines import DeadlineQueue, Objective, objective_of
 from .foresight import Switching
@@ -366,7 +366,7 @@ def scorer_of(ranker: Any, score: Callable[[Sequence[str]], np.ndarray], tok: An
         log.warning("PARS: the ranker runs in PyTorch, beside the engine on its cores; `pars export` or `pars distill` make it many times cheaper")
 
     def text(ids: list[int]) -> str:
-        return last_user_turn(tok.decode(ids[-128 * meta.max_length :]), *marks)
+        return turn_of(ids, tok.decode, marks, window=128 * meta.max_length)
 
     cap = Cap(meta.score_quantiles, meta.length_quantiles) if cfg.use_max_tokens else Cap()
     return Scores(ScoreThread(score, text, max_queue=cfg.max_unscored), cap, meta)
