@@ -453,30 +453,6 @@ class Memory:
             self.words -= len(self.rows.popleft().signals.words)
         self.forgot += 1
 
-# %% ../nbs/31_learner.ipynb #589cb17b
-class Memory:
-    "The finished requests that are not forgotten."
-
-    def __init__(self, most_words: int = 1_000_000, most_rows: int = 10_000) -> None:
-        self.most_words, self.most_rows = most_words, most_rows
-        self.rows: deque[Row] = deque()
-        self.running: list[Row] = []  # bounds of those that run
-        self.words = self.seen = self.forgot = 0
-
-    def remember(self, rows: Sequence[Row]) -> None:
-        "Requests have finished; what is too much is forgotten, the oldest first."
-        self.rows.extend(rows)
-        self.words += sum(len(r.signals.words) for r in rows)
-        self.seen += len(rows)
-        while len(self.rows) > self.most_rows or (self.words > self.most_words and len(self.rows) > 64):
-            self.words -= len(self.rows.popleft().signals.words)
-
-    def forget(self, keep: int = 512) -> None:
-        "All but the last are of another time."
-        while len(self.rows) > keep:
-            self.words -= len(self.rows.popleft().signals.words)
-        self.forgot += 1
-
 # %% ../nbs/31_learner.ipynb #65c62842
 class Fits(Memory):
     "Every candidate's tables."
@@ -795,15 +771,7 @@ class Engine(Follows):
     "The calls that a scheduler makes on every step."
     core: Core | None = None
     child: "Child | None" = None
-    changed, dropped, stale_s, settings = False, 0, 600.0, dict[str, Any]()
-
-    def seen(self, signals: Signals, length: int, score: float | None = None, quantile: float | None = None, bound: bool = False) -> None:
-        "A request has finished with so many tokens; `bound`: it was broken off, and would have been longer."
-        row = Row(signals, max(1, int(length)), score if score is not None and math.isfinite(score) else None, bound, quantile)
-        if self.core is not None:
-            self.changed |= self.core.see([row])
-        elif self.child is not None and not self.child.give(row):
-            self.dropped += 1
+    changed, stale_s, settings = False, 600.0, dict[str, Any]()
 
     def running(self, rows: Sequence[tuple[Signals, int, float | None]]) -> None:
         "The requests that run and are already longer than predicted: signals, tokens so far, score. Each call replaces the last; 64 count."
@@ -857,6 +825,7 @@ class Learner(Engine):
         self.child = Child(self.settings, most_waiting) if process else None
         if self.child is not None:
             weakref.finalize(self, self.child.close)  # a scheduler that is dropped leaves no process behind
+        self.changed = False
 
     def _begin(self) -> Core:
         core, wrong = _start_core(self.settings)
@@ -868,6 +837,14 @@ class Learner(Engine):
     def report(self) -> dict[str, Any]:
         "seen, fits, forgot, follows, tau_b {candidate: (τ_b, lower end of its interval, n)}, cpu_s, dropped, alive."
         return self.verdict.report | dict(dropped=self.dropped, alive=self.child is None or self.child.alive)
+
+    def seen(self, signals: Signals, length: int, score: float | None = None, quantile: float | None = None, bound: bool = False) -> None:
+        "A request has finished with so many tokens; `bound`: it was broken off, and would have been longer."
+        row = Row(signals, max(1, int(length)), score if score is not None and math.isfinite(score) else None, bound, quantile)
+        if self.core is not None:
+            self.changed |= self.core.see([row])
+        elif self.child is not None and not self.child.give(row):
+            self.dropped += 1
 
 # %% ../nbs/31_learner.ipynb #021f876a
 def _start_core(settings: dict[str, Any], share: float | None = None, fresh: bool = True) -> tuple[Core, str | None]:  # what went wrong

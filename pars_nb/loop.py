@@ -287,8 +287,8 @@ def bench(
     from pars_nb.engine import EngineSettings
 
     settings = EngineSettings(max_num_seqs=max_num_seqs, **({"model": model} if model else {}))
-    what = BenchSettings(requests=requests, seeds=list(range(seeds)), loads=[rho for rho in load if rho > 0], max_tokens=max_tokens, tail=tail, lane=lane,
-                         max_overtake_s=max_overtake_s)
+    what = BenchSettings(requests=requests, seeds=list(range(seeds)), loads=[rho for rho in load if rho > 0], max_tokens=max_tokens,
+                         tail=tail, lane=lane, max_overtake_s=max_overtake_s)
     records, given = unseen(data, target, ranker), str(ranker) if ranker else None
     if client:
         from pars_nb.client import run_client
