@@ -81,6 +81,7 @@ browser: $(VENV)/browser.ok docs  ## drags the what-if sliders in JupyterLab in 
 notebooks: $(VENV)/test.ok  ## run every notebook and keep its outputs
 	nbdev-test --save --n-workers 2
 	python tools/figures.py
+	python tools/outputs.py --strip
 	nbdev-clean
 
 lab: $(VENV)/lab.ok  ## JupyterLab on the notebooks

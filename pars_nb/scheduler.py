@@ -6,7 +6,7 @@
 __all__ = ['log', 'PARSConfig', 'read_config', 'make_policy', 'client_score', 'free_max_tokens', 'OrderedScheduler',
            'TaughtScheduler', 'AskingScheduler', 'ShownScheduler', 'tenant_of', 'fair_queue', 'FairScheduler',
            'PARSScheduler', 'Scores', 'open_tokenizer', 'start_scorer', 'scorer_of', 'spread_scores', 'start_learning',
-           'token_marks']
+           'rank_of', 'token_marks']
 
 # %% ../nbs/36_scheduler.ipynb #6f385302
 import logging
@@ -393,11 +393,21 @@ def start_learning(scheduler: OrderedScheduler) -> tuple[Reader | None, Switchin
         return None, Switching(None, table, c.prefill_token)
     target = f"{model.model} with the tokenizer {model.tokenizer}"
     told = scheduler.scores.thread is not None or c.client_scores
-    start = partial(Learner, target, c.state, f"rank{scheduler.parallel_config.data_parallel_index}", not c.learn_inline, ranker=told)
+    name, word = rank_of(scheduler.vllm_config)
+    fleet = c.ranker if str(c.ranker).startswith(("http://", "https://")) else None
+    start = partial(Learner, target, c.state, name, not c.learn_inline, ranker=told, together=word, fleet=fleet)
     foresight: Switching[Request] = Switching(start, table, c.prefill_token)
     if c.state:
         foresight.learner = start()  # what it knows already is followed from the first request on
     return Reader(token_marks(model), use_max_tokens=c.use_max_tokens), foresight
+
+
+def rank_of(vllm_config: Any) -> tuple[str, str | None]:
+    "The name of the learner's file, and the word by which the ranks of one server find each other; None: it has no other ranks here."
+    parallel = vllm_config.parallel_config
+    if parallel.data_parallel_rank_local is None:  # vLLM sets it for ranks that it starts side by side
+        return f"rank{parallel.data_parallel_index}", None
+    return "ranks", str(vllm_config.instance_id).partition("_dp")[0]
 
 
 def token_marks(model_config: Any) -> Marks:

@@ -7,6 +7,7 @@ __all__ = ['export', 'push', 'pull', 'distill', 'score_server', 'learn', 'show_l
            'show_advice', 'engine_of', 'sensible', 'recorded', 'watched']
 
 # %% ../nbs/62_tools.ipynb #95e8868b
+import json
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -235,8 +236,6 @@ def advise(
     pars advise --metrics-url http://localhost:8000/metrics --watch-s 300 --engine engine.json
     pars advise --trace trace.parquet --gpu H100 --model-config config.json[/]
     """
-    import json
-
     from pars_nb.advise import advise as ask
     from pars_nb.advise import to_html
 

@@ -40,13 +40,15 @@ def pieces(source):
     return [ast.Module([node], []) for node in tree.body]
 
 
+def binds(piece):
+    "The names that a piece would have set."
+    names = {n.id for n in ast.walk(piece) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    return names | {n.name for n in piece.body if isinstance(n, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef)}
+
+
 def hide(names):
     "As if these were not installed."
-    class Hidden:
-        def find_spec(self, name, path=None, target=None):
-            if name.partition(".")[0] in names:
-                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-    sys.meta_path.insert(0, Hidden())
+    sys.modules |= dict.fromkeys(names)  # None: neither an import nor `find_spec` finds it
 
 
 def stand_in():
@@ -76,6 +78,8 @@ def missing_in(error):
     while error is not None:
         if isinstance(error, ModuleNotFoundError) and error.name:
             return error.name.partition(".")[0]
+        if said := re.match(r"(\S+) is not installed", str(error)):  # as this package says it
+            return said.group(1)
         error = error.__cause__ or error.__context__
     return None
 
@@ -92,10 +96,12 @@ def run(name):
                 exec(compile(piece, path.name, "exec"), room)
             except Exception as e:
                 what = missing_in(e)
-                if what is None and not (isinstance(e, NameError) and lacking):
-                    raise
+                if what is None and (not lacking or here and not isinstance(e, NameError)):
+                    raise  # else it follows from what is lacking
                 lacking |= {what} if what else set()
                 ok = False
+                for name in binds(piece):  # what needs them is left out too, not run with older values
+                    room.pop(name, None)
         ran &= ok or not here
     if lacking:
         print(f"{path.stem}: {', '.join(sorted(lacking))} missing" + ("; its cuda cells ran all the same" if ran else ""))
