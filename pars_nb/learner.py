@@ -429,7 +429,7 @@ class Verdict(NamedTuple):
     model: Model | None  # the tables that are followed; None with follows = `ranker`
     report: dict[str, Any]
 
-
+# %% ../nbs/31_learner.ipynb #df213e0f
 class Memory:
     "The finished requests that are not forgotten."
 
@@ -815,10 +815,11 @@ class Learner(Engine):
         most_waiting: int = 4096,  # finished requests not yet handed over; more are not learned from
         stale_s: float = 600.0,  # tables of a process that is gone serve so long
         together: str | None = None,  # engines of one user on this machine that give the same word have one process
+        keep_every_s: float = 60.0,  # between two writings of the state
         fleet: str | None = None,  # URL of a `pars score-server`: what finishes goes there too, and its tables are one more candidate
     ) -> None:
         self.settings = dict(target=target, state=None if state is None else str(state), name=name, floor=floor, ranker=ranker, share=share,
-                             together=together, fleet=fleet)
+                             together=together, fleet=fleet, every_s=keep_every_s)
         self.verdict, self.dropped, self.stale_s = Verdict("ranker" if ranker else None, None, {}), 0, stale_s
         self.core = None if process else self._begin()
         self.child = Child(self.settings, most_waiting) if process else None
@@ -950,7 +951,7 @@ class Engines:
             self.pipes.remove(pipe)
             pipe.close()
 
-
+# %% ../nbs/31_learner.ipynb #f401d92a
 def patient(line: socket.socket, most_s: int = 10) -> Connection:
     "A pipe whose `send` raises OSError when its other end reads nothing for so long."
     line.setblocking(True)
@@ -1007,7 +1008,7 @@ class Process(Served):
         self.news |= self.core.follows in self.core.refit()  # what was due while the share of a core was used up
         if self.news or (self.told != self.core.seen and time.monotonic() > self.quiet):
             self.tell()
-        if self.settings["state"] and time.monotonic() > self.saved + self.settings.get("every_s", 60):
+        if self.settings["state"] and time.monotonic() > self.saved + self.settings["every_s"]:
             self.saved, before = time.monotonic(), self.wrong
             self.wrong = _keep(self.core, self.settings)
             if self.wrong and self.wrong != before:  # said once
@@ -1189,8 +1190,8 @@ class Child(Started):
 
     def _run(self) -> None:
         wait = self.patience_s
-        while len(self.todo) < 16 and not self.ended and not self.settings["state"]:
-            self.wake.wait()  # an engine with nothing to learn yet, and no state to read, has no process
+        while len(self.todo) < 16 and not self.ended and not (self.settings["state"] or self.settings["fleet"]):
+            self.wake.wait()  # an engine with nothing to learn yet, nor a state to read, nor a fleet, has no process
             self.wake.clear()
         while not self.ended:
             began = time.monotonic()
