@@ -800,12 +800,6 @@ class Engine(Follows):
         self.verdict = self.child.verdict(self.stale_s) if self.child else before
         return before.model is not self.verdict.model or before.follows != self.verdict.follows
 
-    def _begin(self) -> Core:
-        core, wrong = _start_core(self.settings)
-        if wrong:
-            log.warning("PARS: %s", wrong)
-        return core
-
     def close(self) -> None:
         "Keep the state and end the process; twice is once."
         if self.core is not None and self.settings["state"]:
@@ -839,7 +833,12 @@ class Learner(Engine):
         self.child = Child(self.settings, most_waiting) if process else None
         if self.child is not None:
             weakref.finalize(self, self.child.close)  # a scheduler that is dropped leaves no process behind
-        self.changed = False
+
+    def _begin(self) -> Core:
+        core, wrong = _start_core(self.settings)
+        if wrong:
+            log.warning("PARS: %s", wrong)
+        return core
 
     @property
     def report(self) -> dict[str, Any]:
