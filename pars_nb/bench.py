@@ -71,7 +71,7 @@ class BenchSettings(BaseModel, extra="forbid"):
         "As `summarise` takes them."
         return dict(slo_ttft_s=self.slo_ttft_s, slo_e2el_s=self.slo_e2el_s)
 
-# %% ../nbs/52_bench.ipynb #f6a6dcd1
+# %% ../nbs/52_bench.ipynb #75f8c732
 def run_bench(
     records: Sequence[Record],  # prompts with recorded lengths (use prompts the ranker never saw)
     ranker: str | None,  # its folder

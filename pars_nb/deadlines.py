@@ -80,7 +80,7 @@ class Service(Generic[T_]):
             return seconds[int(quantile * len(seconds))] if seconds else 0.0
         return of(sorted(self.firsts), self.quantile), of(done, self.quantile), of(done, 0.5)
 
-# %% ../nbs/26_deadlines.ipynb #d99a497a
+# %% ../nbs/26_deadlines.ipynb #29dfbfbe
 class Aimed(TenantQueue[T_]):
     "A `TenantQueue` that knows what is reachable."
 
@@ -96,8 +96,8 @@ class Aimed(TenantQueue[T_]):
         super().put(item, t)
         aim = self.objective_of(item)
         if t.front:
-            self.leave(item)  # preempted: it goes first anyway
-        elif min(aim) < math.inf:
+            return  # preempted: it goes first anyway
+        if min(aim) < math.inf:
             self.aim(item, t, aim)
         elif self.aims:
             self.to_rest(item, t)
@@ -120,13 +120,10 @@ class Aimed(TenantQueue[T_]):
             self.rest.drop(item)
             self.due.put(item, (t.priority, t.starts_by + rule, t.seq))
 
-    def leave(self, item: T_) -> None:
-        "It waits no longer."
-        if self.aims:
-            self.due.drop(item)
-            self.rest.drop(item)
+    def heaps(self) -> tuple[Any, ...]:
+        return (*super().heaps(), self.due, self.rest)
 
-# %% ../nbs/26_deadlines.ipynb #2b72fc8a
+# %% ../nbs/26_deadlines.ipynb #ea52b088
 SHARE = 0.1  # of the work that is let in, for the rest
 
 
@@ -157,13 +154,9 @@ class DeadlineQueue(Aimed[T_]):
 
     def pop(self) -> T_:
         "Take out what `peek` shows; the rest gets its part."
-        item = super().pop()
+        item, part = self.peek(), 0.0
         if self.rest.living and self.due.shelves:
-            self.owed += SHARE * self.work(item) if item in self.due.where else -self.work(item)
-            self.owed = max(0.0, self.owed)
-        self.leave(item)
+            part = SHARE * self.work(item) if item in self.due.where else -self.work(item)
+        super().pop()
+        self.owed = max(0.0, self.owed + part)
         return item
-
-    def remove(self, item: T_) -> None:
-        super().remove(item)
-        self.leave(item)

@@ -39,7 +39,7 @@ def latencies(served: Sequence[Served]) -> "pd.DataFrame":
     return pd.DataFrame(dict(ttft=(t["first"] - t.arrival) * 1e3, tpot=(t["last"] - t["first"]) * 1e3 / rest.where(rest > 0),
                              ntpot=e2el / t.output_tokens, e2el=e2el))
 
-# %% ../nbs/40_latency.ipynb #23874c8f
+# %% ../nbs/40_latency.ipynb #b0cfdc0b
 def met(d: "pd.DataFrame", slo_ttft_s: float | None = None, slo_e2el_s: float | None = None) -> "pd.Series":  # bool, a row per request
     "Which of these `latencies` keep the objectives; None: there is no such objective."
     return (d.ttft <= 1e3 * (slo_ttft_s or math.inf)) & (d.e2el <= 1e3 * (slo_e2el_s or math.inf))

@@ -429,7 +429,7 @@ class Verdict(NamedTuple):
     model: Model | None  # the tables that are followed; None with follows = `ranker`
     report: dict[str, Any]
 
-
+# %% ../nbs/31_learner.ipynb #df213e0f
 class Memory:
     "The finished requests that are not forgotten."
 
@@ -771,7 +771,15 @@ class Engine(Follows):
     "The calls that a scheduler makes on every step."
     core: Core | None = None
     child: "Child | None" = None
-    changed, stale_s, settings = False, 600.0, dict[str, Any]()
+    changed, dropped, stale_s, settings = False, 0, 600.0, dict[str, Any]()
+
+    def seen(self, signals: Signals, length: int, score: float | None = None, quantile: float | None = None, bound: bool = False) -> None:
+        "A request has finished with so many tokens; `bound`: it was broken off, and would have been longer."
+        row = Row(signals, max(1, int(length)), score if score is not None and math.isfinite(score) else None, bound, quantile)
+        if self.core is not None:
+            self.changed |= self.core.see([row])
+        elif self.child is not None and not self.child.give(row):
+            self.dropped += 1
 
     def running(self, rows: Sequence[tuple[Signals, int, float | None]]) -> None:
         "The requests that run and are already longer than predicted: signals, tokens so far, score. Each call replaces the last; 64 count."
@@ -791,6 +799,12 @@ class Engine(Follows):
         before = self.verdict
         self.verdict = self.child.verdict(self.stale_s) if self.child else before
         return before.model is not self.verdict.model or before.follows != self.verdict.follows
+
+    def _begin(self) -> Core:
+        core, wrong = _start_core(self.settings)
+        if wrong:
+            log.warning("PARS: %s", wrong)
+        return core
 
     def close(self) -> None:
         "Keep the state and end the process; twice is once."
@@ -815,10 +829,11 @@ class Learner(Engine):
         most_waiting: int = 4096,  # finished requests not yet handed over; more are not learned from
         stale_s: float = 600.0,  # tables of a process that is gone serve so long
         together: str | None = None,  # engines of one user on this machine that give the same word have one process
+        keep_every_s: float = 60.0,  # between two writings of the state
         fleet: str | None = None,  # URL of a `pars score-server`: what finishes goes there too, and its tables are one more candidate
     ) -> None:
         self.settings = dict(target=target, state=None if state is None else str(state), name=name, floor=floor, ranker=ranker, share=share,
-                             together=together, fleet=fleet)
+                             together=together, fleet=fleet, every_s=keep_every_s)
         self.verdict, self.dropped, self.stale_s = Verdict("ranker" if ranker else None, None, {}), 0, stale_s
         self.core = None if process else self._begin()
         self.child = Child(self.settings, most_waiting) if process else None
@@ -826,24 +841,10 @@ class Learner(Engine):
             weakref.finalize(self, self.child.close)  # a scheduler that is dropped leaves no process behind
         self.changed = False
 
-    def _begin(self) -> Core:
-        core, wrong = _start_core(self.settings)
-        if wrong:
-            log.warning("PARS: %s", wrong)
-        return core
-
     @property
     def report(self) -> dict[str, Any]:
         "seen, fits, forgot, follows, tau_b {candidate: (τ_b, lower end of its interval, n)}, cpu_s, dropped, alive."
         return self.verdict.report | dict(dropped=self.dropped, alive=self.child is None or self.child.alive)
-
-    def seen(self, signals: Signals, length: int, score: float | None = None, quantile: float | None = None, bound: bool = False) -> None:
-        "A request has finished with so many tokens; `bound`: it was broken off, and would have been longer."
-        row = Row(signals, max(1, int(length)), score if score is not None and math.isfinite(score) else None, bound, quantile)
-        if self.core is not None:
-            self.changed |= self.core.see([row])
-        elif self.child is not None and not self.child.give(row):
-            self.dropped += 1
 
 # %% ../nbs/31_learner.ipynb #021f876a
 def _start_core(settings: dict[str, Any], share: float | None = None, fresh: bool = True) -> tuple[Core, str | None]:  # what went wrong
@@ -950,7 +951,7 @@ class Engines:
             self.pipes.remove(pipe)
             pipe.close()
 
-
+# %% ../nbs/31_learner.ipynb #f401d92a
 def patient(line: socket.socket, most_s: int = 10) -> Connection:
     "A pipe whose `send` raises OSError when its other end reads nothing for so long."
     line.setblocking(True)
@@ -1007,7 +1008,7 @@ class Process(Served):
         self.news |= self.core.follows in self.core.refit()  # what was due while the share of a core was used up
         if self.news or (self.told != self.core.seen and time.monotonic() > self.quiet):
             self.tell()
-        if self.settings["state"] and time.monotonic() > self.saved + self.settings.get("every_s", 60):
+        if self.settings["state"] and time.monotonic() > self.saved + self.settings["every_s"]:
             self.saved, before = time.monotonic(), self.wrong
             self.wrong = _keep(self.core, self.settings)
             if self.wrong and self.wrong != before:  # said once
@@ -1189,8 +1190,8 @@ class Child(Started):
 
     def _run(self) -> None:
         wait = self.patience_s
-        while len(self.todo) < 16 and not self.ended and not self.settings["state"]:
-            self.wake.wait()  # an engine with nothing to learn yet, and no state to read, has no process
+        while len(self.todo) < 16 and not self.ended and not (self.settings["state"] or self.settings["fleet"]):
+            self.wake.wait()  # an engine with nothing to learn yet, nor a state to read, nor a fleet, has no process
             self.wake.clear()
         while not self.ended:
             began = time.monotonic()

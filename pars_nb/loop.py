@@ -268,7 +268,7 @@ def bench(
     model: Annotated[str | None, typer.Option(help="The model the engine runs; by default the embedded one (lengths are forced).")] = None,
     requests: Annotated[int, typer.Option(help="Requests per run.")] = 200,
     seeds: Annotated[int, typer.Option(help="How many workloads.")] = 3,
-    load: Annotated[list[float], typer.Option(help="ρ of the Poisson streams; may be given several times.")] = [0.9],  # noqa: B006
+    load: Annotated[list[float], typer.Option(help="ρ of the Poisson streams; may be given several times. 0: bursts only.")] = [0.9],  # noqa: B006
     max_num_seqs: int = 16,
     max_tokens: Annotated[int, typer.Option(help="Cut longer recorded lengths to this.")] = 2048,
     tail: Tail = 1.1,
@@ -287,8 +287,8 @@ def bench(
     from pars_nb.engine import EngineSettings
 
     settings = EngineSettings(max_num_seqs=max_num_seqs, **({"model": model} if model else {}))
-    what = BenchSettings(requests=requests, seeds=list(range(seeds)), loads=list(load), max_tokens=max_tokens, tail=tail, lane=lane,
-                         max_overtake_s=max_overtake_s)
+    what = BenchSettings(requests=requests, seeds=list(range(seeds)), loads=[rho for rho in load if rho > 0], max_tokens=max_tokens,
+                         tail=tail, lane=lane, max_overtake_s=max_overtake_s)
     records, given = unseen(data, target, ranker), str(ranker) if ranker else None
     if client:
         from pars_nb.client import run_client

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['export', 'push', 'pull', 'distill', 'score_server', 'learn', 'show_learned', 'draw_learned', 'calibrate', 'advise',
-           'engine_of', 'sensible', 'recorded', 'watched']
+           'show_advice', 'engine_of', 'sensible', 'recorded', 'watched']
 
 # %% ../nbs/62_tools.ipynb #95e8868b
+import json
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -235,8 +236,6 @@ def advise(
     pars advise --metrics-url http://localhost:8000/metrics --watch-s 300 --engine engine.json
     pars advise --trace trace.parquet --gpu H100 --model-config config.json[/]
     """
-    import json
-
     from pars_nb.advise import advise as ask
     from pars_nb.advise import to_html
 
@@ -246,6 +245,16 @@ def advise(
     model = engine_of(engine, gpu, model_config, gpus)
     r = recorded(trace, limit, columns) if trace else watched(str(metrics_url), watch_s, min(limit, 5000))
     report = ask(r._replace(arrival=r.arrival / speed), model, tau, seeds, replicas=replicas, routing=routing)
+    show_advice(report)
+    out.write_text(to_html(report))
+    out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    console.print(f"→ {out}, {out.with_suffix('.json')}", soft_wrap=True)
+
+# %% ../nbs/62_tools.ipynb #15defc6b
+def show_advice(report: dict[str, Any]) -> None:
+    "The table, the verdict, and the settings that fit."
+    import json
+
     t = Table("policy", "mean NTPOT", "× FCFS", "p99 E2EL", "× FCFS", title=f"{report['requests']:,} requests, simulated", title_justify="left")
     for row in report["table"]:
         t.add_row(row["policy"], f"{row['mean_ntpot_ms']:,.1f} ms", f"{row['mean_ntpot_ms_ratio']:.2f}", f"{row['p99_e2el_ms'] / 1e3:,.1f} s",
@@ -254,11 +263,8 @@ def advise(
     console.print(f"[bold]{report['verdict']}[/]", soft_wrap=True)
     if report["settings"]:
         console.print(f"--additional-config '{json.dumps(dict(pars=report['settings']))}'", soft_wrap=True, markup=False)
-    out.write_text(to_html(report))
-    out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    console.print(f"→ {out}, {out.with_suffix('.json')}", soft_wrap=True)
 
-# %% ../nbs/62_tools.ipynb #15defc6b
+
 def engine_of(engine: Path | None, gpu: str | None, model_config: Path | None, gpus: int) -> Any:
     "The engine that was measured, or an estimate of one that is not there. Raises `DataError`."
     from pars_nb.calibrate import load_engine
@@ -280,7 +286,7 @@ def sensible(**flags: float) -> None:
         if not value > 0:
             raise DataError(f"--{name.replace('_', '-')} {value:g}: it must be above 0")
 
-
+# %% ../nbs/62_tools.ipynb #a52b826a
 def recorded(trace: Path, limit: int, columns: str | None) -> Any:
     "A trace's requests; says what was read and what was left out."
     from pars_nb.trace import load_trace, named_columns

@@ -88,8 +88,16 @@ class Line(Generic[T_]):
     def remove(self, item: T_) -> None:
         "Go out, wherever it stands. Raises KeyError when it does not wait."
         del self.waiting[item]
-        for heap in (self.keys, self.ages, self.arrivals):
+        for heap in self.heaps():
             heap.drop(item)
+
+    def heaps(self) -> tuple[Any, ...]:
+        "All in which an item may stand."
+        return self.keys, self.ages, self.arrivals
+
+    def shortest(self) -> T_:
+        "The one with the smallest key. Raises IndexError when there is none."
+        return self.keys.first()
 
     def oldest(self) -> float:
         "The arrival of the one that has waited longest; ∞ when none waits."
@@ -139,10 +147,6 @@ class Ordered(Line[T_]):
 # %% ../nbs/24_waiting.ipynb #909829ae
 class Passing(Ordered[T_]):
     "The same, and whether its shortest may pass its oldest."
-
-    def shortest(self) -> T_:
-        "The one with the smallest key. Raises IndexError when there is none."
-        return self.keys.first()
 
     def elder_goes(self) -> bool:
         "Does the oldest of the first class go before the one with the smallest key?"

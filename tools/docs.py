@@ -25,7 +25,7 @@ CONFIG = dict(
                palette=dict(primary="indigo")),
     extra_css=["site.css"], plugins=["search"],
     markdown_extensions=["tables", "md_in_html", "pymdownx.superfences", "pymdownx.highlight", dict(toc=dict(permalink=True))],
-    not_in_nav="CHANGELOG.md\nCONTRIBUTING.md\nnbs/99_moved.md\nresults/real/README.md\n",
+    not_in_nav="CHANGELOG.md\nCONTRIBUTING.md\nnbs/99_moved.md\n",
     validation=dict(links=dict(anchors="info", unrecognized_links="warn")),
 )
 CSS = """.md-typeset blockquote { font-size: 1.1em } .md-typeset img { background: white }

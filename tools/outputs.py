@@ -1,6 +1,6 @@
 """What a reader on a code host sees: every notebook has outputs, and none holds what changes from run to run.
 
-`--strip` (part of `make notebooks`) first takes out widgets' views, warnings on stderr and the addresses of objects.
+`--strip` (part of `make notebooks`) first takes out widgets' views, warnings on stderr, the addresses of objects and the folders of paths.
 Notebooks without outputs and cells over their bound are listed; they fail the check only with `--strict`.
 """
 import base64
@@ -67,16 +67,24 @@ def long_cells(name, book):
             yield f"{name} cell {i}: {len(lines)} lines, {bound} at most"
 
 
+def plain(text):
+    "The same text without the addresses of objects, and with paths that end where the machine begins."
+    text = re.sub(r" at 0x[0-9a-f]{6,}", "", text)
+    text = re.sub(r"(?<![\w.:/])/(?:work|tmp|home|root)/(?:[^/\s'\":,)]+/)*", "…/", text)
+    return re.sub(r"\btmp[a-z0-9_]{8}\b", "tmp", text)
+
+
 def strip(path):
     "Take out what changes from run to run."
     text = path.read_text(encoding="utf-8")
     book = json.loads(text)
     for cell in book["cells"]:
-        kept = [o for o in cell.get("outputs", []) if o.get("name") != "stderr" and WIDGET not in o.get("data", {})]
         if "outputs" in cell:
-            cell["outputs"] = kept
+            cell["outputs"] = [o for o in cell["outputs"] if o.get("name") != "stderr" and WIDGET not in o.get("data", {})]
+        for said in (part for o in cell.get("outputs", []) for part in (o, o.get("data", {}))):
+            for key in {"text", "text/plain", "text/html", "text/markdown"} & said.keys():
+                said[key] = [plain(t) for t in said[key]] if isinstance(said[key], list) else plain(said[key])
     new = json.dumps(book, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
-    new = re.sub(r" at 0x[0-9a-f]{6,}", "", new)
     if new != text:
         path.write_text(new, encoding="utf-8")
 
