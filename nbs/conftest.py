@@ -1,7 +1,7 @@
 """Collects the notebooks: one pytest item for each cell that asserts.
 
 A notebook's cells run in order in a Jupyter kernel of its own, as "Run all" would run them. An item runs every cell up to and
-including its own that has not run yet; the last item of a notebook also runs what follows it. Cells flagged `slow`, `cuda` or
+including its own that has not run yet; the last item that runs also runs what follows it. Cells flagged `slow`, `cuda` or
 `notest` are left out unless `--flags` names the flag.
 """
 import ast
@@ -55,8 +55,9 @@ class Notebook(pytest.File):
         items = [k for k, (_, c) in enumerate(self.cells) if asserts(c.source)]
         wanted = set(self.config.getoption("--flags").split())
         self.skip = {k for k, (_, c) in enumerate(self.cells) if flags_of(c.source) - wanted}
+        last = max((k for k in items if k not in self.skip), default=None)  # it closes the kernel
         for k in items:
-            item = Cell.from_parent(self, name=f"cell {k + 1}", index=k, stop=k + 1 if k != items[-1] else len(self.cells))
+            item = Cell.from_parent(self, name=f"cell {k + 1}", index=k, stop=k + 1 if k != last else len(self.cells))
             for flag in flags_of(self.cells[k][1].source):
                 item.add_marker(flag)
             yield item

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Tail', 'Lane', 'MostOvertaken', 'COLUMNS', 'DEMO', 'collect', 'how_to_ask', 'json_object', 'two_prices', 'here',
            'on_ray', 'collect_all', 'import_log', 'template_off', 'show_imported', 'train', 'evaluate', 'bench',
-           'unseen', 'show_bench', 'with_pars', 'serve', 'demo', 'step']
+           'unseen', 'show_bench', 'show_client', 'with_pars', 'serve', 'demo', 'step']
 
 # %% ../nbs/61_loop.ipynb #046f00de
 import asyncio
@@ -286,27 +286,34 @@ def bench(
     model: Annotated[str | None, typer.Option(help="The model the engine runs; by default the embedded one (lengths are forced).")] = None,
     requests: Annotated[int, typer.Option(help="Requests per run.")] = 200,
     seeds: Annotated[int, typer.Option(help="How many workloads.")] = 3,
-    load: Annotated[list[float], typer.Option(help="ρ of the Poisson streams; may be given several times.")] = [0.9],  # noqa: B006
+    load: Annotated[list[float], typer.Option(help="ρ of the Poisson streams; may be given several times. 0: bursts only.")] = [0.9],  # noqa: B006
     max_num_seqs: int = 16,
     max_tokens: Annotated[int, typer.Option(help="Cut longer recorded lengths to this.")] = 2048,
     tail: Tail = 1.1,
     lane: Lane = 0.05,
     max_overtake_s: MostOvertaken = None,
+    client: Annotated[str | None, typer.Option(help="vllm (`vllm bench serve`) or guidellm, against `vllm serve` and `pars serve`.")] = None,
 ) -> None:
     """FCFS (stock and in our class), PARS and Oracle SJF in a real vLLM engine: same requests, times and lengths.
 
     Prompts that the ranker was trained on are left out.
 
-    [dim]pars bench --data runs/lengths --ranker runs/ranker --out runs/bench[/]
+    [dim]pars bench --data runs/lengths --ranker runs/ranker --out runs/bench
+    pars bench --client vllm --data runs/lengths --ranker runs/ranker --out runs/client[/]
     """
     from pars_nb.bench import BenchSettings, run_bench
     from pars_nb.engine import EngineSettings
 
     settings = EngineSettings(max_num_seqs=max_num_seqs, **({"model": model} if model else {}))
-    result = run_bench(unseen(data, target, ranker), str(ranker) if ranker else None, out,
-                       BenchSettings(requests=requests, seeds=list(range(seeds)), loads=list(load), max_tokens=max_tokens,
-                                     tail=tail, lane=lane, max_overtake_s=max_overtake_s), settings)
-    show_bench(result, out)
+    what = BenchSettings(requests=requests, seeds=list(range(seeds)), loads=[rho for rho in load if rho > 0], max_tokens=max_tokens,
+                         tail=tail, lane=lane, max_overtake_s=max_overtake_s)
+    records, given = unseen(data, target, ranker), str(ranker) if ranker else None
+    if client:
+        from pars_nb.client import run_client
+
+        show_client(run_client(records, given, out, what, settings, client), out)
+    else:
+        show_bench(run_bench(records, given, out, what, settings), out)
 
 # %% ../nbs/61_loop.ipynb #f1342ac3
 def unseen(data: Path, target: str | None, ranker: Path | None) -> list[Any]:
@@ -332,13 +339,28 @@ def show_bench(result: dict[str, Any], out: Path) -> None:
     console.print(f"→ {out}/table.csv, {out}/figure.png, {out}/bench.json", soft_wrap=True)
 
 
+def show_client(result: dict[str, Any], out: Path) -> None:
+    "What somebody else's client says, in ratios to stock vLLM."
+    t = Table("workload", "server", *(f"{m} {k}" for m, k in COLUMNS if m != "p90"), "tokens/s", collapse_padding=True, title_justify="left",
+              title=f"{result['client']}: median over seeds (ratio to vllm serve)")
+    for r in result["summary"]:
+        keys = [f"{m}_{k.lower()}_ms" for m, k in COLUMNS if m != "p90"]
+        cells = (f"{r[k]:,.1f} ms ({r[k + '_ratio']:.2f})" for k in keys)
+        t.add_row(r["workload"], r["queue"], *cells, f"{r['output_throughput']:,.0f} ({r['output_throughput_ratio']:.2f})")
+    console.print(t)
+    console.print(f"→ {out}/client.json, and the client's own JSON of each run in {out}/theirs", soft_wrap=True)
+
+
 COLUMNS = [("mean", "NTPOT"), ("p90", "NTPOT"), ("mean", "TTFT"), ("p99", "E2EL")]
 
 # %% ../nbs/61_loop.ipynb #files010
 def with_pars(args: list[str], pars: dict[str, Any]) -> list[str]:  # arguments for vLLM
     """vLLM's arguments with our settings in `--additional-config`, beside what others have there. Raises `DataError` where it can't be."""
+    from pars_nb.engine import set_in_file
     from pars_nb.errors import DataError
 
+    if held := set_in_file(args, {"scheduler-cls", "additional-config"}):
+        raise DataError(f"--config sets {', '.join(held)}, and so does pars serve; take it out of the file, and give --additional-config as a flag")
     rest, i = [], 0
     config: dict[str, Any] = {}
     while i < len(args):

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['log', 'PARSConfig', 'read_config', 'make_policy', 'client_score', 'free_max_tokens', 'OrderedScheduler',
-           'TaughtScheduler', 'AskingScheduler', 'ShownScheduler', 'PARSScheduler', 'Scores', 'open_tokenizer',
-           'start_scorer', 'scorer_of', 'spread_scores', 'start_learning', 'token_marks']
+           'TaughtScheduler', 'AskingScheduler', 'ShownScheduler', 'tenant_of', 'fair_queue', 'FairScheduler',
+           'PARSScheduler', 'Scores', 'open_tokenizer', 'start_scorer', 'scorer_of', 'spread_scores', 'start_learning',
+           'rank_of', 'token_marks']
 
 # %% ../nbs/36_scheduler.ipynb #6f385302
 import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -22,8 +24,9 @@ from vllm.v1.request import Request, RequestStatus
 
 from .adapter import follow_async, take_over
 from .card import Cap, RankerMeta
-from .chat import chat_marks, last_user_turn, mark_ids
+from .chat import chat_marks, mark_ids, turn_of
 from .cost import Cost, Ticket, Tokens, by_score, gittins_factor, tail_factor
+from .deadlines import DeadlineQueue, Objective, objective_of
 from .foresight import Switching
 from .lane import Express
 from .learner import Learner
@@ -33,8 +36,8 @@ from .policy import FCFS, HRRN, Policy, SJF, Scale, Threshold
 from .score import ScoreThread
 from .signals import Marks, Reader
 from .tail import Tail
+from .tenants import Accounts, by_tenant
 from .trust import Trust
-from .waiting import PolicyQueue
 
 # %% ../nbs/36_scheduler.ipynb #d6a69031
 log = logging.getLogger("vllm.pars_nb")
@@ -46,8 +49,11 @@ class PARSConfig(BaseModel, extra="forbid", populate_by_name=True):
     policy: Literal["pars", "fcfs", "sjf", "threshold", "hrrn"] = "pars"
     tail: float = Field(1.1, ge=0)  # pars: how long a request may wait, in what FCFS makes requests wait now; 0: FCFS and the lane
     lane: float = Field(0.05, ge=0, le=1, validation_alias=AliasChoices("lane", "express_share"))  # share of the work that always goes ahead
-    together_s: float = Field(0.05, ge=0, allow_inf_nan=False)  # pars: what came within so many seconds of each other came together
+    together_s: float = Field(0.05, ge=0, allow_inf_nan=False)  # pars: what came within so many seconds came together (more where answers are slow)
     max_overtake_s: float | None = Field(None, ge=0, allow_inf_nan=False)  # a hard bound: none is passed by one that came later; 0: FCFS
+    tenants: int = Field(32, ge=0)  # accounts (`vllm_xargs: {"pars_tenant": …}`, else `cache_salt`); the rest share one; 0: one for all
+    slo_ttft_s: float | None = Field(None, gt=0)  # what can still have its first token by then goes first (or `pars_slo_ttft_s` of a request)
+    slo_e2el_s: float | None = Field(None, gt=0)  # the same for its last token (`pars_slo_e2el_s`)
     mode: Literal["on", "shadow"] = "on"  # shadow: serve FCFS, but score and measure
     min_tau: float = Field(0.15, ge=0, lt=1)  # under this rolling τ_b the order is followed less, under half of it not at all; 0: no guard
     tau_window: int = Field(256, ge=50)  # finished requests that the rolling τ_b looks at
@@ -109,12 +115,13 @@ class OrderedScheduler(AsyncScheduler):
     def __init__(self, *args: Any, **kw: Any) -> None:
         super().__init__(*args, **kw)
         self.pars = c = read_config(self.vllm_config.additional_config)
-        if not take_over(self, PolicyQueue(FCFS())):
+        if not take_over(self, fair_queue(c)):
             return  # an unknown vLLM: this object is vLLM's own scheduler now
         self.scores = start_scorer(c, self.vllm_config.model_config)
         self.reader, self.foresight = start_learning(self)
         self.scale = Scale(self.scores.meta.length_quantiles)  # of costs: tokens where there are tables, else scores as they come
         self.express = Express(c.lane, self.scores.meta.work_shares)
+        self.waiting.q.accounts = Accounts(self.express, c.tenants)
         self.trust = Trust(c.min_tau, c.tau_window)
         self.meters = Meters(self.parallel_config.data_parallel_index, c.log_every_s)
         self.waiting.q.set_policy(self.policy_now())
@@ -228,8 +235,51 @@ class ShownScheduler(AskingScheduler):
         if (foresight := getattr(self, "foresight", None)) is not None:
             foresight.close()
 
+# %% ../nbs/36_scheduler.ipynb #b0873393
+def tenant_of(request: Request) -> str:
+    "On whose account is it? What `vllm_xargs` say (`pars_tenant`), else the cache's salt, else one for all."
+    extra = request.sampling_params.extra_args if request.sampling_params else None
+    return str((extra or {}).get("pars_tenant") or request.cache_salt or "one")
+
+
+def fair_queue(c: PARSConfig) -> DeadlineQueue[Request]:
+    "The queue, with accounts and objectives."
+    default = Objective(c.slo_ttft_s or math.inf, c.slo_e2el_s or math.inf)
+
+    def aim(request: Request) -> Objective:
+        return objective_of(request.sampling_params.extra_args if request.sampling_params else None, default)
+
+    on = c.policy != "fcfs" and c.mode == "on"
+    return DeadlineQueue(FCFS(), Accounts(Express()), tenant_of, aim if on else lambda request: Objective())
+
+# %% ../nbs/36_scheduler.ipynb #c26d587c
+class FairScheduler(ShownScheduler):
+    "Tenants pay for themselves, and objectives count."
+
+    def policy_now(self) -> Policy:
+        policy, least = super().policy_now(), self.pars.together_s
+        if least and isinstance(policy, Tail):  # an order of what came while the slowest run costs the tail next to nothing
+            policy = replace(policy, together_s=max(least, (self.pars.tail - 1) * self.waiting.q.service.slow()))
+        return by_tenant(policy, self.waiting.q.accounts)
+
+    def ended(self, request: Request, t: Ticket, length: int, aborted: bool) -> None:
+        super().ended(request, t, length, aborted)
+        q, work = self.waiting.q, length + self.pars.prefill_token * t.prefill
+        q.settle(request, work)
+        if t.at is not None and not aborted:
+            q.accounts.seen(t.tenant, t.at, work)
+        q.service.ended(request, t.at, time.time(), aborted)
+
+    def count(self, admitted: list[Any], now: float) -> None:
+        "And when they were let in, and have their first token."
+        super().count(admitted, now)
+        service = self.waiting.q.service
+        service.spoke([r for r in service.silent if r.num_output_tokens], now)
+        for new in admitted:
+            service.let_in(self.requests[new.req_id], now)
+
 # %% ../nbs/36_scheduler.ipynb #75b749e9
-class PARSScheduler(ShownScheduler):
+class PARSScheduler(FairScheduler):
     "vLLM's `AsyncScheduler` that serves predicted-short requests first (arXiv 2510.03243), and FCFS where it knows nothing."
 
     def __init__(self, *args: Any, **kw: Any) -> None:
@@ -316,7 +366,7 @@ def scorer_of(ranker: Any, score: Callable[[Sequence[str]], np.ndarray], tok: An
         log.warning("PARS: the ranker runs in PyTorch, beside the engine on its cores; `pars export` or `pars distill` make it many times cheaper")
 
     def text(ids: list[int]) -> str:
-        return last_user_turn(tok.decode(ids[-128 * meta.max_length :]), *marks)
+        return turn_of(ids, tok.decode, marks, window=128 * meta.max_length)
 
     cap = Cap(meta.score_quantiles, meta.length_quantiles) if cfg.use_max_tokens else Cap()
     return Scores(ScoreThread(score, text, max_queue=cfg.max_unscored), cap, meta)
@@ -343,11 +393,21 @@ def start_learning(scheduler: OrderedScheduler) -> tuple[Reader | None, Switchin
         return None, Switching(None, table, c.prefill_token)
     target = f"{model.model} with the tokenizer {model.tokenizer}"
     told = scheduler.scores.thread is not None or c.client_scores
-    start = partial(Learner, target, c.state, f"rank{scheduler.parallel_config.data_parallel_index}", not c.learn_inline, ranker=told)
+    name, word = rank_of(scheduler.vllm_config)
+    fleet = c.ranker if str(c.ranker).startswith(("http://", "https://")) else None
+    start = partial(Learner, target, c.state, name, not c.learn_inline, ranker=told, together=word, fleet=fleet)
     foresight: Switching[Request] = Switching(start, table, c.prefill_token)
     if c.state:
         foresight.learner = start()  # what it knows already is followed from the first request on
     return Reader(token_marks(model), use_max_tokens=c.use_max_tokens), foresight
+
+
+def rank_of(vllm_config: Any) -> tuple[str, str | None]:
+    "The name of the learner's file, and the word by which the ranks of one server find each other; None: it has no other ranks here."
+    parallel = vllm_config.parallel_config
+    if parallel.data_parallel_rank_local is None:  # vLLM sets it for ranks that it starts side by side
+        return f"rank{parallel.data_parallel_index}", None
+    return "ranks", str(vllm_config.instance_id).partition("_dp")[0]
 
 
 def token_marks(model_config: Any) -> Marks:
