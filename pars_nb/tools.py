@@ -107,8 +107,11 @@ def score_server(
     port: int = 8088,
     max_queue: Annotated[int, typer.Option(help="More prompts than this waiting: the next ones get no score, at once.")] = 1000,
     cache: Annotated[int, typer.Option(help="How many prompts' scores are remembered.")] = 4096,
+    state: Annotated[Path | None, typer.Option(help="Folder in which what engines tell is kept.")] = None,
+    token: Annotated[str | None, typer.Option(envvar="PARS_TOKEN", help="What engines must bring to tell which lengths they saw.")] = None,
 ) -> None:
-    """Scores over HTTP, for gateways: /score, /score_batch, /healthz, /metrics.
+    """Scores over HTTP, for gateways: /score, /score_batch, /healthz, /metrics. Engines that point to it (`"ranker": "http://…"`) tell
+    /observe what finished, and learn as one.
 
     [dim]pars score-server --ranker runs/ranker --port 8088[/]
     [dim]curl -s localhost:8088/score -H 'content-type: application/json' -d '{"prompt": "Name three rivers."}'[/]
@@ -116,11 +119,16 @@ def score_server(
     import uvicorn
 
     from pars_nb.backends import open_ranker
+    from pars_nb.hub import Hub
     from pars_nb.server import make_app
 
     scorer = open_ranker(ranker, backend, threads)
     console.print(f"{ranker} for {scorer.meta.target_model} in {scorer.backend} on http://{host}:{port}", soft_wrap=True)
-    uvicorn.run(make_app(scorer, max_queue, cache), host=host, port=port, log_level="warning")
+    hub = Hub(state)
+    try:
+        uvicorn.run(make_app(scorer, max_queue, cache, hub, token), host=host, port=port, log_level="warning")
+    finally:
+        hub.close()
 
 # %% ../nbs/62_tools.ipynb #13e01fb7
 @app.command()
