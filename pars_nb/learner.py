@@ -771,7 +771,15 @@ class Engine(Follows):
     "The calls that a scheduler makes on every step."
     core: Core | None = None
     child: "Child | None" = None
-    changed, stale_s, settings = False, 600.0, dict[str, Any]()
+    changed, dropped, stale_s, settings = False, 0, 600.0, dict[str, Any]()
+
+    def seen(self, signals: Signals, length: int, score: float | None = None, quantile: float | None = None, bound: bool = False) -> None:
+        "A request has finished with so many tokens; `bound`: it was broken off, and would have been longer."
+        row = Row(signals, max(1, int(length)), score if score is not None and math.isfinite(score) else None, bound, quantile)
+        if self.core is not None:
+            self.changed |= self.core.see([row])
+        elif self.child is not None and not self.child.give(row):
+            self.dropped += 1
 
     def running(self, rows: Sequence[tuple[Signals, int, float | None]]) -> None:
         "The requests that run and are already longer than predicted: signals, tokens so far, score. Each call replaces the last; 64 count."
@@ -825,7 +833,6 @@ class Learner(Engine):
         self.child = Child(self.settings, most_waiting) if process else None
         if self.child is not None:
             weakref.finalize(self, self.child.close)  # a scheduler that is dropped leaves no process behind
-        self.changed = False
 
     def _begin(self) -> Core:
         core, wrong = _start_core(self.settings)
@@ -837,14 +844,6 @@ class Learner(Engine):
     def report(self) -> dict[str, Any]:
         "seen, fits, forgot, follows, tau_b {candidate: (τ_b, lower end of its interval, n)}, cpu_s, dropped, alive."
         return self.verdict.report | dict(dropped=self.dropped, alive=self.child is None or self.child.alive)
-
-    def seen(self, signals: Signals, length: int, score: float | None = None, quantile: float | None = None, bound: bool = False) -> None:
-        "A request has finished with so many tokens; `bound`: it was broken off, and would have been longer."
-        row = Row(signals, max(1, int(length)), score if score is not None and math.isfinite(score) else None, bound, quantile)
-        if self.core is not None:
-            self.changed |= self.core.see([row])
-        elif self.child is not None and not self.child.give(row):
-            self.dropped += 1
 
 # %% ../nbs/31_learner.ipynb #021f876a
 def _start_core(settings: dict[str, Any], share: float | None = None, fresh: bool = True) -> tuple[Core, str | None]:  # what went wrong

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['log', 'PARSConfig', 'read_config', 'make_policy', 'client_score', 'free_max_tokens', 'OrderedScheduler',
-           'TaughtScheduler', 'AskingScheduler', 'ShownScheduler', 'tenant_of', 'fair_queue', 'FairScheduler',
-           'PARSScheduler', 'Scores', 'open_tokenizer', 'start_scorer', 'scorer_of', 'spread_scores', 'start_learning',
-           'rank_of', 'token_marks']
+           'TaughtScheduler', 'AskingScheduler', 'ShownScheduler', 'ExpectingScheduler', 'Bound', 'RoomyScheduler',
+           'tenant_of', 'fair_queue', 'FairScheduler', 'PARSScheduler', 'Scores', 'open_tokenizer', 'start_scorer',
+           'scorer_of', 'spread_scores', 'start_learning', 'rank_of', 'token_marks']
 
 # %% ../nbs/36_scheduler.ipynb #6f385302
 import logging
@@ -22,7 +22,7 @@ from pydantic import AliasChoices, BaseModel, Field, ValidationError
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.request import Request, RequestStatus
 
-from .adapter import follow_async, take_over
+from .adapter import follow_async, names_of, stock, take_over
 from .card import Cap, RankerMeta
 from .chat import chat_marks, mark_ids, turn_of
 from .cost import Cost, Ticket, Tokens, by_score, gittins_factor, tail_factor
@@ -33,6 +33,7 @@ from .learner import Learner
 from .meters import Meters, State
 from .moved import forwards
 from .policy import FCFS, HRRN, Policy, SJF, Scale, Threshold
+from .room import Ahead, Answers, Growth, outlived
 from .score import ScoreThread
 from .signals import Marks, Reader
 from .tail import Tail
@@ -61,6 +62,7 @@ class PARSConfig(BaseModel, extra="forbid", populate_by_name=True):
     spread: Literal["none", "tail", "gittins"] = "none"  # with a ranker of loss `lognormal`: weigh how sure it is
     backend: str = "auto"  # what runs the ranker: torch, onnx, onnx-int8, openvino, openvino-int8; auto: the fastest that agrees
     scorer_threads: int = Field(1, ge=1)  # cores the ranker may take from the engine (exported backends)
+    room: float | None = Field(None, ge=0)  # standard deviations of what is expected that stay free in the KV cache; None: admit as vLLM does
     use_max_tokens: bool = True  # a request's `max_tokens` caps its score; not where the client forces the length (`ignore_eos`)
     client_scores: bool = False  # let a request bring its score, `vllm_xargs: {"pars_score": 12.5}`, on the ranker's scale
     max_unscored: int = Field(10_000, ge=1)  # more prompts than this waiting for a score get none
@@ -235,6 +237,92 @@ class ShownScheduler(AskingScheduler):
         if (foresight := getattr(self, "foresight", None)) is not None:
             foresight.close()
 
+# %% ../nbs/36_scheduler.ipynb #c8a9fa7c
+class ExpectingScheduler(ShownScheduler):
+    "Knows what a request holds of the KV cache, and what is to come."
+
+    def __init__(self, *args: Any, **kw: Any) -> None:
+        self.answers, self.places = Answers(), Scale()  # lengths of what has ended, by place in the predicted order
+        self.expected: dict[Request, tuple[float, float, float]] = {}  # tokens, their relative spread, the most that is allowed
+        super().__init__(*args, **kw)
+
+    def ended(self, request: Request, t: Ticket, length: int, aborted: bool) -> None:
+        super().ended(request, t, length, aborted)
+        self.expected.pop(request, None)
+        if length and not aborted:
+            self.answers.seen(None if t.score is None else self.places(t.score), length)
+
+    def follow(self) -> None:
+        super().follow()
+        self.answers, self.places = Answers(), Scale()
+
+    def growth(self, request: Request) -> Growth:
+        "Its tokens, and how many are to come; none where nothing is known."
+        held, so_far = request.num_tokens + self.block_size - 1, request.num_output_tokens
+        if request not in self.expected:
+            t = self.waiting.q.tickets.get(request)
+            known = self.answers(None if t is None or t.score is None else self.places.of(t.score))
+            if known is None:
+                return Growth(held, 0.0)
+            self.expected[request] = (*known, free_max_tokens(request) or math.inf)
+        answer, unsure, most = self.expected[request]
+        left = max(0.0, min(outlived(answer, so_far), most) - so_far)
+        return Growth(held, left, unsure * left)
+
+    def cache_tokens(self) -> float:
+        "The size of the KV cache, where blocks that several requests share count as often as they are shared."
+        pool, size = self.kv_cache_manager.block_pool, self.block_size
+        there = pool.num_gpu_blocks - 1  # one is no request's
+        held = sum(-(-request.num_computed_tokens // size) for request in self.running)
+        return size * (there + max(0, held - (there - pool.get_num_free_blocks())))
+
+# %% ../nbs/36_scheduler.ipynb #04d999c9
+class Bound:
+    "vLLM's limit of those that run: while the next one has no room, no more than there are. The limit itself lies in the object's own dict."
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, scheduler: Any, owner: type | None = None) -> Any:
+        if scheduler is None:
+            return self
+        most = vars(scheduler)[self.name]
+        return most if scheduler.admits() else min(most, len(scheduler.running))
+
+    def __set__(self, scheduler: Any, most: int) -> None:
+        vars(scheduler)[self.name] = most
+
+# %% ../nbs/36_scheduler.ipynb #ddef9b94
+class RoomyScheduler(ExpectingScheduler):
+    "Lets a request in when there is room for what it and those that run will be."
+    ahead: Ahead | None = None  # of the step that is being made
+    tokens = math.inf  # of the KV cache in this step
+    if "max_num_active_reqs" in names_of(stock(ShownScheduler, False)):  # vLLM 0.31 and later
+        max_num_active_reqs = Bound()
+    else:
+        max_num_running_reqs = Bound()
+
+    def look_ahead(self, *args: Any, **kw: Any) -> Any:
+        "vLLM's step, with an eye on the KV cache."
+        c = self.pars
+        if c.room is not None and c.mode == "on" and c.policy != "fcfs" and len(self.kv_cache_config.kv_cache_groups) == 1:
+            self.ahead = Ahead(margin=c.room)
+        try:
+            return super().schedule(*args, **kw)
+        finally:
+            self.ahead = None
+
+    def admits(self) -> bool:
+        "Has the next one room beside those that run? Those that hold blocks while they wait come in as ever."
+        ahead = self.ahead
+        if ahead is None or not len(self.waiting.q) or not self.running or getattr(self, "kv_holding_waiting", None):
+            return True
+        if not len(ahead):
+            self.tokens = self.cache_tokens()
+        ahead.add(self.growth(request) for request in self.running[len(ahead):])
+        one = self.growth(self.waiting.q.peek())
+        return not one.left or ahead.fits(one, self.tokens)
+
 # %% ../nbs/36_scheduler.ipynb #b0873393
 def tenant_of(request: Request) -> str:
     "On whose account is it? What `vllm_xargs` say (`pars_tenant`), else the cache's salt, else one for all."
@@ -253,7 +341,7 @@ def fair_queue(c: PARSConfig) -> DeadlineQueue[Request]:
     return DeadlineQueue(FCFS(), Accounts(Express()), tenant_of, aim if on else lambda request: Objective())
 
 # %% ../nbs/36_scheduler.ipynb #c26d587c
-class FairScheduler(ShownScheduler):
+class FairScheduler(RoomyScheduler):
     "Tenants pay for themselves, and objectives count."
 
     def policy_now(self) -> Policy:
@@ -312,7 +400,7 @@ class PARSScheduler(FairScheduler):
         q.now = now
         self.take_scores(now)
         self.take_lengths()
-        out = super().schedule(*args, **kw)
+        out = self.look_ahead(*args, **kw)
         self.count(out.scheduled_new_reqs, now)
         for request in self.fresh:
             if request in q:

@@ -101,7 +101,7 @@ def by_tenant(policy: Policy, accounts: Accounts) -> Policy:
         return policy
     return TenantTail(**{f.name: getattr(policy, f.name) for f in fields(Tail)}, accounts=accounts)
 
-# %% ../nbs/25_tenants.ipynb #dcb6fc54
+# %% ../nbs/25_tenants.ipynb #a2aa0aa6
 class Shelves(Generic[T_]):
     "A heap for each tenant, used like one `MovableHeap`."
 
@@ -126,10 +126,12 @@ class Shelves(Generic[T_]):
 
     def first(self, may: Callable[[Any], bool] | None = None) -> T_ | None:  # may: which tenants
         "The item with the smallest order; None where there is none."
+        if may is None and len(self.shelves) == 1:
+            return next(iter(self.shelves.values())).first()
         firsts = {shelf.first(): shelf for tenant, shelf in self.shelves.items() if may is None or may(tenant)}
         return min(firsts, key=lambda item: firsts[item].living[item], default=None)
 
-# %% ../nbs/25_tenants.ipynb #2fc81ac4
+# %% ../nbs/25_tenants.ipynb #963d8754
 class TenantQueue(PolicyQueue[T_]):
     "A `PolicyQueue` in which what goes ahead of others goes on its tenant's account."
 
@@ -160,7 +162,7 @@ class TenantQueue(PolicyQueue[T_]):
 
     def shortest(self) -> T_:
         "The smallest key among the tenants that may go ahead; where there is none, the oldest."
-        item = self.first_of(self.keys)
+        item = self.first_of(self.keys) if len(self.keys.shelves) > 1 else self.keys.first()
         return self.ages.first() if item is None else item
 
     def settle(self, item: T_, tokens: float) -> None:

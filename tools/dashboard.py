@@ -1,8 +1,9 @@
-"""Draws dashboards/grafana.json with a real Prometheus: `pars serve` on the embedded LLM, a ranker that is trained here, some minutes of
-traffic. Every question of the dashboard about the scheduler must have an answer; some of them are drawn on Prometheus' own graph page by a
-headless browser. Needs Debian's `prometheus` and `chromium`.
+"""Draws dashboards/grafana.json with a real Prometheus over a server that works: one that runs already, as during `pars bench --client vllm`,
+or `pars serve` on the embedded LLM with a ranker that is trained here. Every question of the dashboard about the scheduler must have an
+answer; some of them are drawn on Prometheus' own graph page by a headless browser. Needs Debian's `prometheus` and `chromium`.
 
     python tools/dashboard.py --out docs/dashboard.png
+    python tools/dashboard.py --metrics 127.0.0.1:8000 --seconds 300 --out docs/dashboard.png
 """
 import argparse
 import asyncio
@@ -16,12 +17,8 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
-from openai import AsyncOpenAI
-
 from pars_nb.engine import free_port, local, running
-from pars_nb.records import Record
 from pars_nb.tiny import demo_prompts, tiny_llm
-from pars_nb.train import TrainConfig, train
 
 BOARD = Path(__file__).resolve().parent.parent / "dashboards/grafana.json"
 DRAWN = ["Is there a queue?", "Is the order right?", "Time in the queue by predicted quartile, p50", "What the order did"]
@@ -36,6 +33,9 @@ def questions():
 
 def small_ranker(folder):
     "Trained on a rule: the number in the prompt is the length. (How good it is does not matter here.)"
+    from pars_nb.records import Record
+    from pars_nb.train import TrainConfig, train
+
     recs = [Record(prompt_id=str(i), prompt=f"count to {i}", model="rule", lengths=(i,), capped=(False,)) for i in range(1, 300)]
     train(recs, folder, TrainConfig(encoder="tiny", epochs=6, batch_size=32), quiet=True)
     return folder
@@ -43,6 +43,8 @@ def small_ranker(folder):
 
 async def traffic(url, seconds, per_burst, seed=0):
     "A burst every ten seconds."
+    from openai import AsyncOpenAI
+
     client, rng, prompts, tasks = AsyncOpenAI(base_url=url, api_key="-", timeout=300), random.Random(seed), demo_prompts(2000), []
     ask = client.chat.completions.create
     end = time.monotonic() + seconds
@@ -82,35 +84,46 @@ def screenshot(prometheus, exprs, seconds, out):
     url = f"{prometheus}/classic/graph?{urllib.parse.urlencode(asked)}"
     subprocess.run(["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--window-size=1000,{750 * len(exprs)}",
                     "--virtual-time-budget=20000", f"--screenshot={out}", url], check=True, capture_output=True, timeout=120)
-    Image.open(out).convert("RGB").resize((640, 480 * len(exprs))).quantize(32).save(out, optimize=True)
+    Image.open(out).convert("RGB").resize((640, 480 * len(exprs))).quantize(128).save(out, optimize=True)
+
+
+def watch(target, work, out, wait):
+    "Scrape a server while `wait` goes on, then ask every question and draw some."
+    process, prometheus = start_prometheus(target, work)
+    try:
+        start = time.monotonic()
+        wait()
+        took = round(time.monotonic() - start)
+        found = {title: [answers(prometheus, e, took) for e in exprs] for title, exprs in questions().items()}
+        screenshot(prometheus, [questions()[t][0] for t in DRAWN], took, out)
+    finally:
+        process.terminate()
+        process.wait(20)
+    for title, each in found.items():
+        print(f"{title}: " + ", ".join(f"{series} series, {points} points" for series, points in each))
+    print(f"{took} s; {out}: {out.stat().st_size:,} bytes")
+    return [title for title, each in found.items() if not any(points for _, points in each)]
+
+
+def serve_and_watch(a, work):
+    "The same over a server of its own."
+    port = free_port()
+    cmd = [sys.executable, "-c", "from pars_nb.cli import app; app()", "serve", str(tiny_llm()), "--ranker", str(small_ranker(work / "ranker")),
+           "--max-num-seqs", "8", "--max-model-len", "2048", *local(port)]
+    with running(cmd, port, log=work / "server.log") as url:
+        return watch(f"127.0.0.1:{port}", work, a.out, lambda: asyncio.run(traffic(url, a.seconds, a.per_burst)))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("docs/dashboard.png"))
+    parser.add_argument("--metrics", help="HOST:PORT of a server that runs")
     parser.add_argument("--seconds", type=int, default=90)
     parser.add_argument("--per-burst", type=int, default=60)
-    a = parser.parse_args()
-    work, port = Path(tempfile.mkdtemp()), free_port()
+    a, work = parser.parse_args(), Path(tempfile.mkdtemp())
     a.out.parent.mkdir(parents=True, exist_ok=True)
-    cmd = [sys.executable, "-c", "from pars_nb.cli import app; app()", "serve", str(tiny_llm()), "--ranker", str(small_ranker(work / "ranker")),
-           "--max-num-seqs", "8", "--max-model-len", "2048", *local(port)]
-    with running(cmd, port, log=work / "server.log") as url:
-        process, prometheus = start_prometheus(f"127.0.0.1:{port}", work)
-        try:
-            start = time.monotonic()
-            sent = asyncio.run(traffic(url, a.seconds, a.per_burst))
-            took = round(time.monotonic() - start)
-            found = {title: [answers(prometheus, e, took) for e in exprs] for title, exprs in questions().items()}
-            screenshot(prometheus, [questions()[t][0] for t in DRAWN], took, a.out)
-        finally:
-            process.terminate()
-            process.wait(20)
-    for title, each in found.items():
-        print(f"{title}: " + ", ".join(f"{series} series, {points} points" for series, points in each))
-    silent = [t for t, each in found.items() if not all(points for _, points in each)]
-    print(f"{sent} requests in {took} s; {a.out}: {a.out.stat().st_size:,} bytes" + (f"; NO ANSWER to {silent}" if silent else ""))
-    sys.exit(bool(silent))
+    silent = watch(a.metrics, work, a.out, lambda: time.sleep(a.seconds)) if a.metrics else serve_and_watch(a, work)
+    sys.exit(f"no answer to {silent}" if silent else 0)
 
 
 if __name__ == "__main__":
