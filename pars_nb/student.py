@@ -191,7 +191,7 @@ def _by_kind(kinds: np.ndarray, x: np.ndarray, count: Sequence[float]) -> Any:  
     own = np.c_[np.array(count)[kinds][:, None] * x, np.full(len(x), SIGNAL)]
     return sparse.hstack([sparse.csr_matrix(own * (kinds == k)[:, None]) for k in range(len(KINDS))]).tocsr()
 
-
+# %% ../nbs/10_student.ipynb #c65382cf
 def learn(
     prompts: Sequence[str],
     target: np.ndarray,  # (n,) log lengths, or whatever is to be ordered
