@@ -9,7 +9,7 @@ comma := ,
 BIN := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu check real conformance matrix fleet-demo results notebooks lab docs-readme clean
+.PHONY: help demo test test-slow test-gpu check real conformance matrix fleet-demo results notebooks lab docs browser docs-readme clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -34,6 +34,11 @@ $(VENV)/real.ok: settings.ini constraints.txt setup.py
 	$(call install,$(ENGINE)$(comma)bench$(comma)fast$(comma)server$(comma)real)
 $(VENV)/lab.ok: settings.ini constraints.txt setup.py
 	$(call install,$(ENGINE)$(comma)dev$(comma)lab)
+
+$(VENV)/docs.ok: settings.ini constraints.txt setup.py
+	$(call install,docs)
+$(VENV)/browser.ok: $(VENV)/lab.ok
+	$(call install,$(ENGINE)$(comma)dev$(comma)lab$(comma)docs$(comma)browser)
 
 demo: $(VENV)/demo.ok  ## the whole loop on the embedded LLM: collect, train, serve; FCFS against PARS against the oracle
 	pars demo --out results/demo
@@ -67,9 +72,16 @@ fleet-demo: $(VENV)/test.ok  ## two replicas on Ray, a burst and a stream throug
 results: $(VENV)/test.ok  ## results/README.md: every result and its command
 	python tools/results.py
 
+docs: $(VENV)/docs.ok  ## the docs site, from the notebooks as they are committed: _docs/site/index.html
+	python tools/docs.py
+
+browser: $(VENV)/browser.ok docs  ## drags the what-if sliders in JupyterLab in a real browser (needs chromium); pictures of the site: docs/
+	python tools/browser.py
+
 notebooks: $(VENV)/test.ok  ## run every notebook and keep its outputs
 	nbdev-test --save --n-workers 2
 	python tools/figures.py
+	python tools/outputs.py --strip
 	nbdev-clean
 
 lab: $(VENV)/lab.ok  ## JupyterLab on the notebooks

@@ -64,8 +64,14 @@ class BenchSettings(BaseModel, extra="forbid"):
     tail: float = Field(1.1, ge=0)  # PARS' knobs, see `scheduler.PARSConfig`
     lane: float = Field(0.05, ge=0, le=1)
     max_overtake_s: float | None = Field(None, ge=0)
+    slo_ttft_s: float | None = Field(None, gt=0)  # objectives: PARS is told of them, and `request_goodput` counts what keeps them
+    slo_e2el_s: float | None = Field(None, gt=0)
 
+    def objectives(self) -> dict[str, Any]:
+        "As `summarise` takes them."
+        return dict(slo_ttft_s=self.slo_ttft_s, slo_e2el_s=self.slo_e2el_s)
 
+# %% ../nbs/52_bench.ipynb #75f8c732
 def run_bench(
     records: Sequence[Record],  # prompts with recorded lengths (use prompts the ranker never saw)
     ranker: str | None,  # its folder
@@ -77,7 +83,7 @@ def run_bench(
     "Run every workload through every queue, and write and return the result. Raises `EngineError` when an engine dies."
     bench, settings, out = bench or BenchSettings(), settings or EngineSettings(), Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    queues = variants(ranker, tail=bench.tail, lane=bench.lane, max_overtake_s=bench.max_overtake_s)
+    queues = variants(ranker, tail=bench.tail, lane=bench.lane, max_overtake_s=bench.max_overtake_s, **bench.objectives())
     say = (lambda s: print(s, flush=True)) if progress else (lambda s: None)
     with ExitStack() as stack:
         say(f"starting {len(queues)} engines …")
@@ -134,13 +140,13 @@ def table(runs: pd.DataFrame) -> pd.DataFrame:
         for key in SHOWN:
             ratio = g[key].to_numpy() / base[key].to_numpy()
             row |= {key: g[key].median(), f"{key}_ratio": float(np.median(ratio)), f"{key}_ratio_lo": ratio.min(), f"{key}_ratio_hi": ratio.max()}
-        rows.append(row | dict(output_throughput=g.output_throughput.median()))
+        rows.append(row | {k: g[k].median() for k in ("output_throughput", "request_goodput") if k in g})
     return pd.DataFrame(rows)
 
 
 def assemble(runs: Sequence[Run], records: Sequence[Record], ranker: str | None, bench: BenchSettings, settings: EngineSettings) -> dict[str, Any]:
     "All facts of a bench as one JSON-able dict."
-    rows = [dict(queue=r.queue, workload=r.workload.name, seed=r.workload.seed % 1000) | summarise(r.served) for r in runs]
+    rows = [dict(queue=r.queue, workload=r.workload.name, seed=r.workload.seed % 1000) | summarise(r.served, **bench.objectives()) for r in runs]
     df = pd.DataFrame(rows)
     return dict(command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), machine=machine(), bench=bench.model_dump(),
                 engine=settings.model_dump() | dict(model=Path(settings.model).name), target_models=sorted({r.model for r in records}),

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .errors import ParsError
@@ -54,11 +55,11 @@ def clear_errors(f: Callable) -> Callable:
         try:
             f(*args, **kw)
         except (ParsError, FileNotFoundError) as e:
-            console.print(f"[red]error:[/] {e}", soft_wrap=True, highlight=False)
+            console.print(f"[red]error:[/] {escape(str(e))}", soft_wrap=True, highlight=False)
             raise typer.Exit(1) from e
         except ValidationError as e:  # a flag's value that a setting does not allow
             said = [f"--{str(o['loc'][0]).replace('_', '-')}: {o['msg']}" if o["loc"] else o["msg"] for o in e.errors()]
-            console.print(f"[red]error:[/] {'; '.join(said)}", soft_wrap=True, highlight=False)
+            console.print(f"[red]error:[/] {escape('; '.join(said))}", soft_wrap=True, highlight=False)
             raise typer.Exit(1) from e
 
     return wrapped

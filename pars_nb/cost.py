@@ -28,6 +28,8 @@ class Ticket:
     key: float | None = None  # the policy's, made once
     at: float | None = None  # quantile of its cost among those seen lately, where the policy looked
     claim: Any = None  # its part of the shadow queue (see `tail`)
+    tenant: Any = None  # the account that it goes on (see `tenants`)
+    starts_by: float | None = None  # seconds: let in later than this, it misses its objective (see `deadlines`)
 
 
 Cost = Callable[[Ticket], float | None]  # None: nothing is known of it

@@ -17,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from .room import outlived
+
 # %% ../nbs/42_events.ipynb #6cfbfc48
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -47,6 +49,9 @@ class Given(NamedTuple):
     claim: Ints  # work in the shadow of first come, first served (see `tail`). Empty: the policy has no such rule
     lane: Bools  # goes before what is late. Empty: as `claim`
     tail: Floats  # `tail`, `max_overtake_s` and `together_s` of such a policy
+    answer: Floats  # expected tokens; NaN: not known. Empty: what comes in is not looked at (see `room`)
+    unsure: Floats  # their relative standard deviation. Empty: as `answer`
+    margin: float  # how many standard deviations are kept free
 
 # %% ../nbs/42_events.ipynb #d147e2b3
 class Queues(NamedTuple):
@@ -74,7 +79,7 @@ class Progress(NamedTuple):
     target: Ints  # tokens to compute before the next one can be generated
     held: Ints  # KV blocks
     chunk: Ints  # tokens computed in the next step
-    replica: Ints  # the one that admitted it last
+    replica: Ints  # the one that admitted it last; before that, the one that it was routed to
     start: Floats  # seconds: first admission
     first: Floats  # seconds: first token
     last: Floats  # seconds: last token
@@ -88,6 +93,8 @@ class Replicas(NamedTuple):
     clock: Floats  # seconds: where its plan begins
     load: Ints  # requests routed to it and not finished
     work: Floats  # the predicted work of these
+    longest: Ints  # (replicas, max_num_seqs + 1): those that run and the next one, by what is to come
+    left: Floats  # the same shape: how many tokens that is
 
 
 class Plan(NamedTuple):
@@ -146,7 +153,8 @@ def _progress(requests: int) -> Progress:
 
 def _replicas(replicas: int, engine: Limits) -> Replicas:
     return Replicas(running=_ints((replicas, engine.max_num_seqs), NONE), occupied=_ints(replicas), free=_ints(replicas, engine.blocks),
-                    clock=_floats(replicas), load=_ints(replicas), work=_floats(replicas))
+                    clock=_floats(replicas), load=_ints(replicas), work=_floats(replicas),
+                    longest=_ints((replicas, engine.max_num_seqs + 1), NONE), left=np.zeros((replicas, engine.max_num_seqs + 1)))
 
 # %% ../nbs/42_events.ipynb #2786d1a8
 Numbers = Sequence[float] | npt.NDArray[np.generic]
@@ -164,6 +172,9 @@ def new_world(
     claim: Numbers = (),  # (n,) work, or empty; see `Given`
     lane: Numbers = (),  # (n,) bool, or empty; see `Given`
     tail: Numbers = (math.inf, math.inf, 0.0),  # see `Given`
+    answer: Numbers = (),  # (n,) tokens, or empty; see `Given`
+    unsure: Numbers = (),  # (n,), or empty; see `Given`
+    margin: float = 0.0,  # see `Given`
     replicas: int = 1,
     queues: int = 1,  # one a replica, or one for all
 ) -> World:
@@ -175,7 +186,8 @@ def new_world(
     n = len(arrival)
     classes, rank = np.unique(_ints(n) if priority is None else priority, return_inverse=True)
     told = Given(arrival=floats(arrival), prompt=ints(prompt), output=ints(output), key=floats(key), priority=ints(rank),
-                 due=floats(due), service=floats(service), claim=ints(claim), lane=np.require(lane, np.bool_, ["C", "W"]), tail=floats(tail))
+                 due=floats(due), service=floats(service), claim=ints(claim), lane=np.require(lane, np.bool_, ["C", "W"]), tail=floats(tail),
+                 answer=floats(answer), unsure=floats(unsure), margin=float(margin))
     plan = Plan(steps=_ints(replicas, IDLE), end=_floats(replicas), step_s=_floats(replicas), context=_ints(replicas),
                 version=_ints(replicas))
     counts = Counts(*(_ints(replicas) for _ in Counts._fields))
@@ -438,6 +450,46 @@ def _feed_running(world, replica, queue):
         slot += 1
     return budget, preempted
 
+# %% ../nbs/42_events.ipynb #58e6c7de
+_outlived = compiled(outlived)
+
+
+@compiled
+def _left(world, request):
+    "Tokens of its answer that are to come; 0 where nothing is known."
+    answer, generated = world.given.answer[request], world.progress.generated[request]
+    return 0.0 if np.isnan(answer) else _outlived(answer, float(generated)) - generated
+
+
+@compiled
+def _line_up(world, replica, request):
+    "Sort those that run, and one more, by what is to come, the longest first."
+    replicas, last = world.replicas, world.replicas.occupied[replica]
+    for slot in range(last + 1):
+        one = replicas.running[replica, slot] if slot < last else request
+        left, place = _left(world, one), slot
+        while place > 0 and replicas.left[replica, place - 1] < left:
+            replicas.left[replica, place] = replicas.left[replica, place - 1]
+            replicas.longest[replica, place] = replicas.longest[replica, place - 1]
+            place -= 1
+        replicas.left[replica, place], replicas.longest[replica, place] = left, one
+
+
+@compiled
+def _has_room(world, replica, request):
+    "Is there room for what it will be, beside what those that run will be? (As `room.Ahead.fits`.)"
+    given, replicas, engine, held, variance = world.given, world.replicas, world.engine, 0.0, 0.0
+    if not given.answer.size or replicas.occupied[replica] == 0 or np.isnan(given.answer[request]):
+        return True
+    _line_up(world, replica, request)
+    for place in range(replicas.occupied[replica] + 1):
+        one, left = replicas.longest[replica, place], replicas.left[replica, place]
+        held += given.prompt[one] + world.progress.generated[one] + engine.block_size - 1
+        variance += (given.unsure[one] * left) ** 2
+        if held + (place + 1) * left + given.margin * np.sqrt(variance) > engine.blocks * engine.block_size:
+            return False
+    return True
+
 # %% ../nbs/42_events.ipynb #48bf4538
 @compiled
 def _seat(world, replica, request, tokens, blocks):
@@ -445,13 +497,25 @@ def _seat(world, replica, request, tokens, blocks):
     replicas, progress = world.replicas, world.progress
     if progress.generated[request] == 0 and np.isnan(progress.start[request]):
         progress.start[request] = replicas.clock[replica]
+    _count_for(world, replica, request)
     replicas.running[replica, replicas.occupied[replica]] = request
     replicas.occupied[replica] += 1
     replicas.free[replica] -= blocks
     progress.target[request] = world.given.prompt[request] + progress.generated[request]
     progress.held[request] = blocks
     progress.chunk[request] = tokens
-    progress.replica[request] = replica
+
+
+@compiled
+def _count_for(world, replica, request):
+    "It is this replica's load from now on, wherever it was routed to."
+    replicas, work, before = world.replicas, _predicted_work(world.given, request), world.progress.replica[request]
+    if before >= 0:
+        replicas.load[before] -= 1
+        replicas.work[before] -= work
+    replicas.load[replica] += 1
+    replicas.work[replica] += work
+    world.progress.replica[request] = replica
 
 
 @compiled
@@ -464,7 +528,7 @@ def _admit(world, replica, queue, budget):
             return
         tokens = min(world.given.prompt[request] + world.progress.generated[request], budget)
         blocks = _blocks(engine, tokens)
-        if blocks > replicas.free[replica]:
+        if blocks > replicas.free[replica] or not _has_room(world, replica, request):
             return
         _take(world, queue, request)
         _seat(world, replica, request, tokens, blocks)
@@ -542,7 +606,8 @@ def _note_blocks(world, replica):
 def _next_may_change(world, replica, queue):
     "Does a request wait beside a free slot, under a policy that may put another one first?"
     replicas = world.replicas
-    return (_has_line(world.given) and replicas.occupied[replica] < world.engine.max_num_seqs
+    changes = _has_line(world.given) or world.given.answer.size > 0
+    return (changes and replicas.occupied[replica] < world.engine.max_num_seqs
             and _peek(world, queue, replicas.clock[replica]) >= 0)
 
 
@@ -707,8 +772,7 @@ def _wake(world, replica, now):
 def _arrive(world, events, request, replica, queue):
     "The request joins a queue; the replica wakes, or cuts its plan, where it has a slot."
     replicas, now = world.replicas, world.given.arrival[request]
-    replicas.load[replica] += 1
-    replicas.work[replica] += _predicted_work(world.given, request)
+    _count_for(world, replica, request)
     _join(world, queue, request)
     if world.plan.steps[replica] == IDLE:
         _wake(world, replica, now)

@@ -86,7 +86,7 @@ def status() -> None:
 
 @fleet.command()
 @clear_errors
-def down(ray: Annotated[bool, typer.Option(help="Stop all of Ray on this machine too.")] = False) -> None:
+def down(ray: Annotated[bool, typer.Option(help="End the Ray cluster that `pars fleet up` began too; another's is left alone.")] = False) -> None:
     """End the fleet.
 
     [dim]pars fleet down --ray[/]

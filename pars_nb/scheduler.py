@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['log', 'PARSConfig', 'read_config', 'make_policy', 'client_score', 'free_max_tokens', 'OrderedScheduler',
-           'TaughtScheduler', 'AskingScheduler', 'ShownScheduler', 'PARSScheduler', 'Scores', 'open_tokenizer',
-           'start_scorer', 'scorer_of', 'spread_scores', 'start_learning', 'token_marks']
+           'TaughtScheduler', 'AskingScheduler', 'ShownScheduler', 'ExpectingScheduler', 'Bound', 'RoomyScheduler',
+           'tenant_of', 'fair_queue', 'FairScheduler', 'PARSScheduler', 'Scores', 'open_tokenizer', 'start_scorer',
+           'scorer_of', 'spread_scores', 'start_learning', 'rank_of', 'token_marks']
 
 # %% ../nbs/36_scheduler.ipynb #6f385302
 import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -20,21 +22,23 @@ from pydantic import AliasChoices, BaseModel, Field, ValidationError
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.request import Request, RequestStatus
 
-from .adapter import follow_async, take_over
+from .adapter import follow_async, names_of, stock, take_over
 from .card import Cap, RankerMeta
 from .chat import chat_marks, mark_ids, turn_of
 from .cost import Cost, Ticket, Tokens, by_score, gittins_factor, tail_factor
+from .deadlines import DeadlineQueue, Objective, objective_of
 from .foresight import Switching
 from .lane import Express
 from .learner import Learner
 from .meters import Meters, State
 from .moved import forwards
 from .policy import FCFS, HRRN, Policy, SJF, Scale, Threshold
+from .room import Ahead, Answers, Growth, outlived
 from .score import ScoreThread
 from .signals import Marks, Reader
 from .tail import Tail
+from .tenants import Accounts, by_tenant
 from .trust import Trust
-from .waiting import PolicyQueue
 
 # %% ../nbs/36_scheduler.ipynb #d6a69031
 log = logging.getLogger("vllm.pars_nb")
@@ -46,8 +50,11 @@ class PARSConfig(BaseModel, extra="forbid", populate_by_name=True):
     policy: Literal["pars", "fcfs", "sjf", "threshold", "hrrn"] = "pars"
     tail: float = Field(1.1, ge=0)  # pars: how long a request may wait, in what FCFS makes requests wait now; 0: FCFS and the lane
     lane: float = Field(0.05, ge=0, le=1, validation_alias=AliasChoices("lane", "express_share"))  # share of the work that always goes ahead
-    together_s: float = Field(0.05, ge=0, allow_inf_nan=False)  # pars: what came within so many seconds of each other came together
+    together_s: float = Field(0.05, ge=0, allow_inf_nan=False)  # pars: what came within so many seconds came together (more where answers are slow)
     max_overtake_s: float | None = Field(None, ge=0, allow_inf_nan=False)  # a hard bound: none is passed by one that came later; 0: FCFS
+    tenants: int = Field(32, ge=0)  # accounts (`vllm_xargs: {"pars_tenant": …}`, else `cache_salt`); the rest share one; 0: one for all
+    slo_ttft_s: float | None = Field(None, gt=0)  # what can still have its first token by then goes first (or `pars_slo_ttft_s` of a request)
+    slo_e2el_s: float | None = Field(None, gt=0)  # the same for its last token (`pars_slo_e2el_s`)
     mode: Literal["on", "shadow"] = "on"  # shadow: serve FCFS, but score and measure
     min_tau: float = Field(0.15, ge=0, lt=1)  # under this rolling τ_b the order is followed less, under half of it not at all; 0: no guard
     tau_window: int = Field(256, ge=50)  # finished requests that the rolling τ_b looks at
@@ -55,6 +62,7 @@ class PARSConfig(BaseModel, extra="forbid", populate_by_name=True):
     spread: Literal["none", "tail", "gittins"] = "none"  # with a ranker of loss `lognormal`: weigh how sure it is
     backend: str = "auto"  # what runs the ranker: torch, onnx, onnx-int8, openvino, openvino-int8; auto: the fastest that agrees
     scorer_threads: int = Field(1, ge=1)  # cores the ranker may take from the engine (exported backends)
+    room: float | None = Field(None, ge=0)  # standard deviations of what is expected that stay free in the KV cache; None: admit as vLLM does
     use_max_tokens: bool = True  # a request's `max_tokens` caps its score; not where the client forces the length (`ignore_eos`)
     client_scores: bool = False  # let a request bring its score, `vllm_xargs: {"pars_score": 12.5}`, on the ranker's scale
     max_unscored: int = Field(10_000, ge=1)  # more prompts than this waiting for a score get none
@@ -109,12 +117,13 @@ class OrderedScheduler(AsyncScheduler):
     def __init__(self, *args: Any, **kw: Any) -> None:
         super().__init__(*args, **kw)
         self.pars = c = read_config(self.vllm_config.additional_config)
-        if not take_over(self, PolicyQueue(FCFS())):
+        if not take_over(self, fair_queue(c)):
             return  # an unknown vLLM: this object is vLLM's own scheduler now
         self.scores = start_scorer(c, self.vllm_config.model_config)
         self.reader, self.foresight = start_learning(self)
         self.scale = Scale(self.scores.meta.length_quantiles)  # of costs: tokens where there are tables, else scores as they come
         self.express = Express(c.lane, self.scores.meta.work_shares)
+        self.waiting.q.accounts = Accounts(self.express, c.tenants)
         self.trust = Trust(c.min_tau, c.tau_window)
         self.meters = Meters(self.parallel_config.data_parallel_index, c.log_every_s)
         self.waiting.q.set_policy(self.policy_now())
@@ -228,8 +237,137 @@ class ShownScheduler(AskingScheduler):
         if (foresight := getattr(self, "foresight", None)) is not None:
             foresight.close()
 
+# %% ../nbs/36_scheduler.ipynb #c8a9fa7c
+class ExpectingScheduler(ShownScheduler):
+    "Knows what a request holds of the KV cache, and what is to come."
+
+    def __init__(self, *args: Any, **kw: Any) -> None:
+        self.answers, self.places = Answers(), Scale()  # lengths of what has ended, by place in the predicted order
+        self.expected: dict[Request, tuple[float, float, float]] = {}  # tokens, their relative spread, the most that is allowed
+        super().__init__(*args, **kw)
+
+    def ended(self, request: Request, t: Ticket, length: int, aborted: bool) -> None:
+        super().ended(request, t, length, aborted)
+        self.expected.pop(request, None)
+        if length and not aborted:
+            self.answers.seen(None if t.score is None else self.places(t.score), length)
+
+    def follow(self) -> None:
+        super().follow()
+        self.answers, self.places = Answers(), Scale()
+
+    def growth(self, request: Request) -> Growth:
+        "Its tokens, and how many are to come; none where nothing is known."
+        held, so_far = request.num_tokens + self.block_size - 1, request.num_output_tokens
+        if request not in self.expected:
+            t = self.waiting.q.tickets.get(request)
+            known = self.answers(None if t is None or t.score is None else self.places.of(t.score))
+            if known is None:
+                return Growth(held, 0.0)
+            self.expected[request] = (*known, free_max_tokens(request) or math.inf)
+        answer, unsure, most = self.expected[request]
+        left = max(0.0, min(outlived(answer, so_far), most) - so_far)
+        return Growth(held, left, unsure * left)
+
+    def cache_tokens(self) -> float:
+        "The size of the KV cache, where blocks that several requests share count as often as they are shared."
+        pool, size = self.kv_cache_manager.block_pool, self.block_size
+        there = pool.num_gpu_blocks - 1  # one is no request's
+        held = sum(-(-request.num_computed_tokens // size) for request in self.running)
+        return size * (there + max(0, held - (there - pool.get_num_free_blocks())))
+
+# %% ../nbs/36_scheduler.ipynb #04d999c9
+class Bound:
+    "vLLM's limit of those that run: while the next one has no room, no more than there are. The limit itself lies in the object's own dict."
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, scheduler: Any, owner: type | None = None) -> Any:
+        if scheduler is None:
+            return self
+        most = vars(scheduler)[self.name]
+        return most if scheduler.admits() else min(most, len(scheduler.running))
+
+    def __set__(self, scheduler: Any, most: int) -> None:
+        vars(scheduler)[self.name] = most
+
+# %% ../nbs/36_scheduler.ipynb #ddef9b94
+class RoomyScheduler(ExpectingScheduler):
+    "Lets a request in when there is room for what it and those that run will be."
+    ahead: Ahead | None = None  # of the step that is being made
+    tokens = math.inf  # of the KV cache in this step
+    if "max_num_active_reqs" in names_of(stock(ShownScheduler, False)):  # vLLM 0.31 and later
+        max_num_active_reqs = Bound()
+    else:
+        max_num_running_reqs = Bound()
+
+    def look_ahead(self, *args: Any, **kw: Any) -> Any:
+        "vLLM's step, with an eye on the KV cache."
+        c = self.pars
+        if c.room is not None and c.mode == "on" and c.policy != "fcfs" and len(self.kv_cache_config.kv_cache_groups) == 1:
+            self.ahead = Ahead(margin=c.room)
+        try:
+            return super().schedule(*args, **kw)
+        finally:
+            self.ahead = None
+
+    def admits(self) -> bool:
+        "Has the next one room beside those that run? Those that hold blocks while they wait come in as ever."
+        ahead = self.ahead
+        if ahead is None or not len(self.waiting.q) or not self.running or getattr(self, "kv_holding_waiting", None):
+            return True
+        if not len(ahead):
+            self.tokens = self.cache_tokens()
+        ahead.add(self.growth(request) for request in self.running[len(ahead):])
+        one = self.growth(self.waiting.q.peek())
+        return not one.left or ahead.fits(one, self.tokens)
+
+# %% ../nbs/36_scheduler.ipynb #b0873393
+def tenant_of(request: Request) -> str:
+    "On whose account is it? What `vllm_xargs` say (`pars_tenant`), else the cache's salt, else one for all."
+    extra = request.sampling_params.extra_args if request.sampling_params else None
+    return str((extra or {}).get("pars_tenant") or request.cache_salt or "one")
+
+
+def fair_queue(c: PARSConfig) -> DeadlineQueue[Request]:
+    "The queue, with accounts and objectives."
+    default = Objective(c.slo_ttft_s or math.inf, c.slo_e2el_s or math.inf)
+
+    def aim(request: Request) -> Objective:
+        return objective_of(request.sampling_params.extra_args if request.sampling_params else None, default)
+
+    on = c.policy != "fcfs" and c.mode == "on"
+    return DeadlineQueue(FCFS(), Accounts(Express()), tenant_of, aim if on else lambda request: Objective())
+
+# %% ../nbs/36_scheduler.ipynb #c26d587c
+class FairScheduler(RoomyScheduler):
+    "Tenants pay for themselves, and objectives count."
+
+    def policy_now(self) -> Policy:
+        policy, least = super().policy_now(), self.pars.together_s
+        if least and isinstance(policy, Tail):  # an order of what came while the slowest run costs the tail next to nothing
+            policy = replace(policy, together_s=max(least, (self.pars.tail - 1) * self.waiting.q.service.slow()))
+        return by_tenant(policy, self.waiting.q.accounts)
+
+    def ended(self, request: Request, t: Ticket, length: int, aborted: bool) -> None:
+        super().ended(request, t, length, aborted)
+        q, work = self.waiting.q, length + self.pars.prefill_token * t.prefill
+        q.settle(request, work)
+        if t.at is not None and not aborted:
+            q.accounts.seen(t.tenant, t.at, work)
+        q.service.ended(request, t.at, time.time(), aborted)
+
+    def count(self, admitted: list[Any], now: float) -> None:
+        "And when they were let in, and have their first token."
+        super().count(admitted, now)
+        service = self.waiting.q.service
+        service.spoke([r for r in service.silent if r.num_output_tokens], now)
+        for new in admitted:
+            service.let_in(self.requests[new.req_id], now)
+
 # %% ../nbs/36_scheduler.ipynb #75b749e9
-class PARSScheduler(ShownScheduler):
+class PARSScheduler(FairScheduler):
     "vLLM's `AsyncScheduler` that serves predicted-short requests first (arXiv 2510.03243), and FCFS where it knows nothing."
 
     def __init__(self, *args: Any, **kw: Any) -> None:
@@ -262,7 +400,7 @@ class PARSScheduler(ShownScheduler):
         q.now = now
         self.take_scores(now)
         self.take_lengths()
-        out = super().schedule(*args, **kw)
+        out = self.look_ahead(*args, **kw)
         self.count(out.scheduled_new_reqs, now)
         for request in self.fresh:
             if request in q:
@@ -343,11 +481,21 @@ def start_learning(scheduler: OrderedScheduler) -> tuple[Reader | None, Switchin
         return None, Switching(None, table, c.prefill_token)
     target = f"{model.model} with the tokenizer {model.tokenizer}"
     told = scheduler.scores.thread is not None or c.client_scores
-    start = partial(Learner, target, c.state, f"rank{scheduler.parallel_config.data_parallel_index}", not c.learn_inline, ranker=told)
+    name, word = rank_of(scheduler.vllm_config)
+    fleet = c.ranker if str(c.ranker).startswith(("http://", "https://")) else None
+    start = partial(Learner, target, c.state, name, not c.learn_inline, ranker=told, together=word, fleet=fleet)
     foresight: Switching[Request] = Switching(start, table, c.prefill_token)
     if c.state:
         foresight.learner = start()  # what it knows already is followed from the first request on
     return Reader(token_marks(model), use_max_tokens=c.use_max_tokens), foresight
+
+
+def rank_of(vllm_config: Any) -> tuple[str, str | None]:
+    "The name of the learner's file, and the word by which the ranks of one server find each other; None: it has no other ranks here."
+    parallel = vllm_config.parallel_config
+    if parallel.data_parallel_rank_local is None:  # vLLM sets it for ranks that it starts side by side
+        return f"rank{parallel.data_parallel_index}", None
+    return "ranks", str(vllm_config.instance_id).partition("_dp")[0]
 
 
 def token_marks(model_config: Any) -> Marks:

@@ -19,6 +19,7 @@ from .errors import DataError
 from .events import Limits, ROUTING, drive, new_world
 from .latency import Served
 from .policy import FCFS, Policy
+from .room import Expected
 
 # %% ../nbs/43_simulate.ipynb #fe172976
 class EngineModel(BaseModel, frozen=True, extra="forbid"):
@@ -130,6 +131,7 @@ def simulate(
     policy: Policy | None = None,  # of `pars_nb.policy`; None: FCFS
     replicas: int = 1,
     routing: str = "round_robin",  # or least_outstanding, predicted_work, shared (one queue for all)
+    room: Expected | None = None,  # what is expected of each, so that none comes in for which there will be no room; None: as vLLM
 ) -> Simulated:
     "Play the requests through `replicas` engines. Exact to rounding; raises `DataError` for what can't be served."
     engine = engine or EngineModel()
@@ -137,7 +139,7 @@ def simulate(
     if routing not in ROUTING:
         raise DataError(f"no routing {routing!r}; there are {', '.join(ROUTING)}")
     world = new_world(engine.limits(), requests.arrival, requests.prompt, requests.output, priority=requests.priority, replicas=replicas,
-                      queues=1 if routing == "shared" else replicas, **policy_arrays(requests, policy or FCFS()))
+                      queues=1 if routing == "shared" else replicas, **policy_arrays(requests, policy or FCFS()), **(room._asdict() if room else {}))
     drive(world, ROUTING[routing])
     done, counts = world.progress, world.counts
     return Simulated(requests, done.start, done.first, done.last, preemptions=int(counts.preemptions.sum()),

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['export', 'push', 'pull', 'distill', 'score_server', 'learn', 'show_learned', 'draw_learned', 'calibrate', 'advise',
-           'sensible', 'recorded', 'watched']
+           'show_advice', 'engine_of', 'sensible', 'recorded', 'watched']
 
 # %% ../nbs/62_tools.ipynb #95e8868b
+import json
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -106,8 +107,11 @@ def score_server(
     port: int = 8088,
     max_queue: Annotated[int, typer.Option(help="More prompts than this waiting: the next ones get no score, at once.")] = 1000,
     cache: Annotated[int, typer.Option(help="How many prompts' scores are remembered.")] = 4096,
+    state: Annotated[Path | None, typer.Option(help="Folder in which what engines tell is kept.")] = None,
+    token: Annotated[str | None, typer.Option(envvar="PARS_TOKEN", help="What engines must bring to tell which lengths they saw.")] = None,
 ) -> None:
-    """Scores over HTTP, for gateways: /score, /score_batch, /healthz, /metrics.
+    """Scores over HTTP, for gateways: /score, /score_batch, /healthz, /metrics. Engines that point to it (`"ranker": "http://…"`) tell
+    /observe what finished, and learn as one.
 
     [dim]pars score-server --ranker runs/ranker --port 8088[/]
     [dim]curl -s localhost:8088/score -H 'content-type: application/json' -d '{"prompt": "Name three rivers."}'[/]
@@ -115,11 +119,16 @@ def score_server(
     import uvicorn
 
     from pars_nb.backends import open_ranker
+    from pars_nb.hub import Hub
     from pars_nb.server import make_app
 
     scorer = open_ranker(ranker, backend, threads)
     console.print(f"{ranker} for {scorer.meta.target_model} in {scorer.backend} on http://{host}:{port}", soft_wrap=True)
-    uvicorn.run(make_app(scorer, max_queue, cache), host=host, port=port, log_level="warning")
+    hub = Hub(state)
+    try:
+        uvicorn.run(make_app(scorer, max_queue, cache, hub, token), host=host, port=port, log_level="warning")
+    finally:
+        hub.close()
 
 # %% ../nbs/62_tools.ipynb #13e01fb7
 @app.command()
@@ -213,7 +222,10 @@ def calibrate(
 @app.command()
 @clear_errors
 def advise(
-    engine: Annotated[Path, typer.Option(help="JSON that `pars calibrate` wrote.")],
+    engine: Annotated[Path | None, typer.Option(help="JSON that `pars calibrate` wrote.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="Or, where there is no engine yet, an estimate: H100, H200, A100, L40S, …")] = None,
+    model_config: Annotated[Path | None, typer.Option(help="The model's config.json, for --gpu.")] = None,
+    gpus: Annotated[int, typer.Option(help="How many GPUs one engine has, for --gpu.")] = 1,
     trace: Annotated[Path | None, typer.Option(help="Azure, BurstGPT, Mooncake, Qwen-Bailian, vllm bench serve, or a table.")] = None,
     columns: Annotated[str | None, typer.Option(help="Of any other table: time=NAME,prompt=NAME,output=NAME (time=NAME:ms).")] = None,
     metrics_url: Annotated[str | None, typer.Option(help="Or a live vLLM server's /metrics, watched for a while.")] = None,
@@ -229,37 +241,60 @@ def advise(
     """Would another order help your traffic? Simulates it, and says no where the answer is no.
 
     [dim]pars advise --trace trace.parquet --engine engine.json --tau 0.6
-    pars advise --metrics-url http://localhost:8000/metrics --watch-s 300 --engine engine.json[/]
+    pars advise --metrics-url http://localhost:8000/metrics --watch-s 300 --engine engine.json
+    pars advise --trace trace.parquet --gpu H100 --model-config config.json[/]
     """
-    import json
-
     from pars_nb.advise import advise as ask
     from pars_nb.advise import to_html
-    from pars_nb.calibrate import load_engine
 
     if (trace is None) == (metrics_url is None):
         raise DataError("give --trace or --metrics-url (one of them)")
-    sensible(speed=speed, seeds=seeds, replicas=replicas, limit=limit, watch_s=watch_s)
+    sensible(speed=speed, seeds=seeds, replicas=replicas, limit=limit, watch_s=watch_s, gpus=gpus)
+    model = engine_of(engine, gpu, model_config, gpus)
     r = recorded(trace, limit, columns) if trace else watched(str(metrics_url), watch_s, min(limit, 5000))
-    report = ask(r._replace(arrival=r.arrival / speed), load_engine(engine), tau, seeds, replicas=replicas, routing=routing)
+    report = ask(r._replace(arrival=r.arrival / speed), model, tau, seeds, replicas=replicas, routing=routing)
+    show_advice(report)
+    out.write_text(to_html(report))
+    out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    console.print(f"→ {out}, {out.with_suffix('.json')}", soft_wrap=True)
+
+# %% ../nbs/62_tools.ipynb #15defc6b
+def show_advice(report: dict[str, Any]) -> None:
+    "The table, the verdict, and the settings that fit."
+    import json
+
     t = Table("policy", "mean NTPOT", "× FCFS", "p99 E2EL", "× FCFS", title=f"{report['requests']:,} requests, simulated", title_justify="left")
     for row in report["table"]:
         t.add_row(row["policy"], f"{row['mean_ntpot_ms']:,.1f} ms", f"{row['mean_ntpot_ms_ratio']:.2f}", f"{row['p99_e2el_ms'] / 1e3:,.1f} s",
                   f"{row['p99_e2el_ms_ratio']:.2f}")
     console.print(t)
     console.print(f"[bold]{report['verdict']}[/]", soft_wrap=True)
-    out.write_text(to_html(report))
-    out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    console.print(f"→ {out}, {out.with_suffix('.json')}", soft_wrap=True)
+    if report["settings"]:
+        console.print(f"--additional-config '{json.dumps(dict(pars=report['settings']))}'", soft_wrap=True, markup=False)
 
-# %% ../nbs/62_tools.ipynb #15defc6b
+
+def engine_of(engine: Path | None, gpu: str | None, model_config: Path | None, gpus: int) -> Any:
+    "The engine that was measured, or an estimate of one that is not there. Raises `DataError`."
+    from pars_nb.calibrate import load_engine
+    from pars_nb.roofline import preset
+
+    if (engine is None) == (gpu is None) or (gpu is None) != (model_config is None):
+        raise DataError("give --engine, or --gpu and --model-config (one of them)")
+    if engine is not None:
+        return load_engine(engine)
+    model = preset(str(gpu), Path(str(model_config)), gpus)
+    console.print(f"{model.name}: a step takes {1e3 * model.base_s:.1f} ms and more; the cache holds {model.blocks * model.block_size:,} tokens",
+                  soft_wrap=True)
+    return model
+
+
 def sensible(**flags: float) -> None:
     "Raises `DataError` for a flag that must be above 0 and is not."
     for name, value in flags.items():
         if not value > 0:
             raise DataError(f"--{name.replace('_', '-')} {value:g}: it must be above 0")
 
-
+# %% ../nbs/62_tools.ipynb #a52b826a
 def recorded(trace: Path, limit: int, columns: str | None) -> Any:
     "A trace's requests; says what was read and what was left out."
     from pars_nb.trace import load_trace, named_columns

@@ -3,12 +3,16 @@
     python studies/arena.py sweep --data ../shared/data/alpaca_davinci003.parquet --trace ../shared/data/trace_azure2023_conv.parquet \\
         --engine results/arena/engine_cpu.json
 """
+import asyncio
 import json
 import math
 import resource
 import time
+import urllib.request
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +20,7 @@ from typing import Annotated
 import numpy as np
 import pandas as pd
 import typer
-from common import RESULTS, Data, EngineFile, Learning, Trace, gaps_of, running, write
+from common import RESULTS, Data, EngineFile, Learning, Trace, gaps_of, rotated, running, write
 from numba import njit
 
 from pars_nb.advise import scores_with_tau
@@ -25,13 +29,16 @@ from pars_nb.bench import variants
 from pars_nb.calibrate import calibrate, faster, load_engine
 from pars_nb.card import RankerMeta
 from pars_nb.cost import Cost, Spread, Ticket, Tokens, by_score
-from pars_nb.engine import EngineSettings
+from pars_nb.engine import EngineSettings, serving
+from pars_nb.foresight import Predicted
 from pars_nb.lane import Express, express_quantile
 from pars_nb.latency import summarise
 from pars_nb.loop import unseen
 from pars_nb.policy import FCFS, HRRN, PARS, Policy, SJF, Scale, Threshold
 from pars_nb.records import read
-from pars_nb.simulate import Requests, Simulated, capacity, simulate
+from pars_nb.room import Expected, expected
+from pars_nb.simulate import EngineModel, Requests, Simulated, capacity, simulate
+from pars_nb.tail import Tail
 from pars_nb.workload import make_workload
 
 app = typer.Typer(add_completion=False)
@@ -244,6 +251,160 @@ def fleet(trace: Trace, engine: EngineFile, replicas: int = 1000, n: int = 10**7
                              peak_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20))
             print(rows[-1], flush=True)
     write("arena/fleet", replicas=replicas, n=n, load=load, engine=e.model_dump(), rows=rows)
+
+
+GPU = EngineModel(name="made up: 256 slots, 8,192 tokens a step", max_num_seqs=256, max_num_batched_tokens=8192, base_s=0.008, prefill_s=2.5e-5,
+                  decode_s=3e-5, kv_s=4e-8)
+# name → trace, how many times as long the answers are, KV blocks, load
+SHORT_OF_MEMORY = {"Azure code, 6,000, 1.2": ("code", 1, 6000, 1.2), "Azure code, 25,000, 1.2": ("code", 1, 25_000, 1.2),
+                   "long conversations, 6,000, 1.0": ("conv", 5, 6000, 1.0), "long conversations, 25,000, 1.0": ("conv", 5, 25_000, 1.0),
+                   "long conversations, 25,000, 1.2": ("conv", 5, 25_000, 1.2)}
+
+
+def traced(folder, name, times, n, seed):
+    "n requests of an Azure trace with its gaps, at rate 1; answers `times` as long as recorded."
+    d, rng = pd.read_parquet(folder / f"trace_azure2023_{name}.parquet").sort_values("timestamp_s"), np.random.default_rng(seed)
+    gaps, k = np.diff(d.timestamp_s.to_numpy(), prepend=d.timestamp_s.iloc[0]), rng.integers(0, len(d), n)
+    x = np.resize(np.roll(gaps, -int(rng.integers(len(d)))), n)
+    prompt, output = (d[c].clip(lower=1).to_numpy(np.int64)[k] for c in ("prompt_tokens", "response_tokens"))
+    return Requests(np.cumsum(x / x.mean()), prompt, times * output)
+
+
+def at_scores(r, tau, seed):
+    "Scores in tokens: right lengths (τ = 1), or with this τ_b in the quantiles of the lengths."
+    if tau == 1:
+        return r._replace(score=r.output.astype(float))
+    place = np.argsort(np.argsort(scores_with_tau(r.output, tau, seed))) / len(r.output)
+    return r._replace(score=np.quantile(r.output, place))
+
+
+def room_of(r, tau, margin):
+    "What the scheduler would expect of each: the real length where the score is it, else what was learned on the way."
+    if tau == 1:
+        return Expected(r.output.astype(float), np.zeros(len(r.output)), margin)
+    scale = Scale()
+    return expected([scale(x) for x in r.score.tolist()], r.output.tolist(), margin=margin)
+
+
+@dataclass(frozen=True)
+class Share:
+    "Length in decode tokens, times how many slots' worth of the engine it takes meanwhile: of the cache, its prompt and half of its answer."
+    prefill_token: float
+    slot: float  # tokens of the KV cache per slot
+
+    def __call__(self, t):
+        return (t.score + self.prefill_token * t.prefill) * max(1.0, (t.prefill + t.score / 2) / self.slot)
+
+
+def memory_policies(e):
+    "Name → how the policy is made: each is made anew for each play, because some learn."
+    costs = {"length": by_score, "length + 0.1 prompt": Predicted(0.1),
+             "share": Share(e.prefill_s * e.max_num_seqs / step_of(e), e.blocks * e.block_size / e.max_num_seqs)}
+    todo = {"FCFS": FCFS}
+    for name, cost in costs.items():
+        todo[f"SJF, {name}"] = partial(SJF, cost)
+        todo[f"tail, {name}"] = partial(tail_on, cost)
+    return todo
+
+
+def step_of(e):
+    "Seconds of a full step of decoding, with half of the cache read."
+    return e.step_s(0, e.max_num_seqs, e.blocks * e.block_size // 2)
+
+
+def tail_on(cost):
+    "The default rule: its lane from costs as they come."
+    return Tail(Scale(), 1.1, cost, 0.05, together_s=0.05)
+
+
+@app.command()
+def memory(folder: Annotated[Path, typer.Option(help="folder with the traces")], n: int = 5000, seeds: int = 3, margin: float = 1.0,
+           taus: list[float] = [1.0, 0.5], name: str = "memory"):  # noqa: B006
+    "Where the KV cache is short: what a request costs, and room for what it will be. Medians over seeds, relative to FCFS without room."
+    rows = []
+    for row, (trace, times, blocks, rho) in SHORT_OF_MEMORY.items():
+        e = GPU.model_copy(update=dict(blocks=blocks))
+        for seed in range(seeds):
+            base = traced(folder, trace, times, n, seed)
+            base = base._replace(arrival=base.arrival / (rho * capacity(base, e)))
+            for tau in taus:
+                r = at_scores(base, tau, seed)
+                for policy, make in memory_policies(e).items():
+                    for room in (None, room_of(r, tau, margin)):
+                        s = simulate(r, e, make(), room=room)
+                        d = s.latencies()
+                        rows.append(dict(row=row, seed=seed, tau=tau, policy=policy, room=room is not None, preemptions=s.preemptions,
+                                         mean_ntpot_ms=d.ntpot.mean(), mean_ttft_ms=d.ttft.mean(), mean_e2el_ms=d.e2el.mean(),
+                                         p99_e2el_ms=float(np.percentile(d.e2el, 99))))
+        show_memory(table := memory_table(rows), row)
+    write(f"arena/{name}", n=n, seeds=seeds, margin=margin, engine=GPU.model_dump(exclude={"blocks"}),
+          table=json.loads(table.to_json(orient="records")))
+
+
+def memory_table(rows):
+    "Medians over seeds: times relative to FCFS as vLLM has it, preemptions as they are."
+    d, times = pd.DataFrame(rows), ["mean_ntpot_ms", "mean_ttft_ms", "mean_e2el_ms", "p99_e2el_ms"]
+    stock = d[(d.policy == "FCFS") & ~d.room].set_index(["row", "seed", "tau"])
+    at = pd.MultiIndex.from_frame(d[["row", "seed", "tau"]])
+    d[[c.replace("_ms", "_ratio") for c in times]] = d[times].to_numpy() / stock.loc[at, times].to_numpy()
+    return d.drop(columns=["seed", *times]).groupby(["row", "tau", "policy", "room"], sort=False).median().reset_index()
+
+
+def show_memory(table, row):
+    print(row)
+    for x in table[table.row == row].itertuples():
+        print(f"  τ {x.tau:g} {x.policy:26} {'room' if x.room else '    '} {x.mean_ntpot_ratio:5.2f} / {x.mean_ttft_ratio:5.2f} /"
+              f" {x.mean_e2el_ratio:5.2f} / {x.p99_e2el_ratio:5.2f}, {x.preemptions:.0f}", flush=True)
+
+
+def counting(n, seed):
+    "Prompts that name a number, and answers that are about as long."
+    rng = np.random.default_rng(seed)
+    named = np.exp(rng.uniform(np.log(20), np.log(400), n)).astype(int)
+    return [f"count to {x}" for x in named], np.maximum(5, named * rng.lognormal(0, 0.5, n)).astype(int).tolist()
+
+
+async def burst_to(url, prompts, lengths):
+    "All at once; seconds until each is answered."
+    import httpx
+
+    async with httpx.AsyncClient(timeout=600) as client:
+        async def ask(prompt, n):
+            begin = time.perf_counter()
+            body = dict(model="tiny", prompt=prompt, max_tokens=n, ignore_eos=True)
+            (await client.post(f"{url}/completions", json=body)).raise_for_status()
+            return time.perf_counter() - begin
+        return await asyncio.gather(*(ask(*x) for x in zip(prompts, lengths, strict=True)))
+
+
+def preempted(url):
+    "How many the server has preempted so far."
+    lines = urllib.request.urlopen(url.replace("/v1", "/metrics")).read().decode().splitlines()
+    return sum(float(x.rpartition(" ")[2]) for x in lines if x.startswith("vllm:num_preemptions_total"))
+
+
+@app.command()
+def small_cache(requests: int = 120, bursts: int = 3, blocks: int = 100, seqs: int = 32):
+    "A real engine with a small KV cache: FCFS in our class and the default, each with room and without; by turns, after a burst to learn from."
+    roomy = dict(room=1.0)
+    queues = {"FCFS (our class)": dict(policy="fcfs"), "FCFS, room": dict(tail=0.0, lane=0.0, **roomy), "PARS": {}, "PARS, room": roomy}
+    rows = []
+    with ExitStack() as stack:
+        urls = {k: stack.enter_context(serving(None, "--served-model-name", "tiny", "--max-num-seqs", str(seqs), "--max-model-len", "1536",
+                "--num-gpu-blocks-override", str(blocks), "--no-enable-prefix-caching", "--scheduler-cls", "pars_nb.scheduler.PARSScheduler",
+                "--additional-config", json.dumps(dict(pars=v)))) for k, v in queues.items()}
+        for seed in range(bursts + 1):
+            prompts, lengths = counting(requests, seed)
+            for k in rotated(list(urls), seed):
+                before = preempted(urls[k])
+                took = np.array(asyncio.run(burst_to(urls[k], prompts, lengths)))
+                rows.append(dict(queue=k, burst=seed, preemptions=preempted(urls[k]) - before, mean_ntpot_ms=float(1e3 * (took / lengths).mean()),
+                                 mean_e2el_ms=float(1e3 * took.mean()), p99_e2el_ms=float(1e3 * np.percentile(took, 99))))
+                print({a: round(b, 1) if isinstance(b, float) else b for a, b in rows[-1].items()}, flush=True)
+    d = pd.DataFrame(rows)
+    median = d[d.burst > 0].groupby("queue", sort=False).median().drop(columns="burst")
+    write("arena/small_cache", requests=requests, blocks=blocks, max_num_seqs=seqs, median=json.loads(median.reset_index().to_json(orient="records")),
+          rows=rows)
 
 
 @app.command()

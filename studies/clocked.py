@@ -9,12 +9,15 @@ do not matter where lengths are forced). Each command writes results/serving/clo
 import json
 import time
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
 import typer
 from common import CONTROL, Data, EngineFile, Learning, Ranker, Trace, gaps_of, ours, pace, scheduler_of, write
+from tail import Hears, Nominal
 
+import pars_nb.scheduler
 from pars_nb.backends import open_ranker
 from pars_nb.bench import table, variants
 from pars_nb.calibrate import load_engine
@@ -26,6 +29,7 @@ from pars_nb.latency import Served, summarise
 from pars_nb.loop import unseen
 from pars_nb.order import tau_b
 from pars_nb.policy import FCFS, PARS, Policy, SJF, Scale
+from pars_nb.scheduler import Scores
 from pars_nb.simulate import Requests, simulate
 from pars_nb.workload import make_workload
 
@@ -53,7 +57,7 @@ def play(s, w, ids, m, told, hasher):
             s.add_request(request(i, ids[i], w.lengths[i], w.arrivals[i], w.scores[i], told, hasher))
             i += 1
         out = s.schedule()
-        while getattr(s, "scorer", None) and s.scorer.done.qsize() < len(s.asked):
+        while (thread := getattr(s, "scores", Scores()).thread) and thread.done.qsize() < len(s.asked):
             time.sleep(1e-5)
         got = [(s.requests[k], c) for k, c in out.num_scheduled_tokens.items()]
         prefill = sum(c for r, c in got if r.num_computed_tokens - c < r.num_prompt_tokens)
@@ -88,9 +92,12 @@ class Clock:
 
     def run(self, w, variant, told=""):
         "A fresh scheduler plays the workload."
-        s = scheduler_of(self.m.max_num_seqs, self.m.max_num_batched_tokens, self.m.block_size, **variant)
-        served = play(s, w, self.ids(w), self.m, told or variant.get("scheduling_policy", ""), self.hasher)
-        s.shutdown()
+        clock = Nominal(self.m)
+        with patch.object(pars_nb.scheduler, "time", clock):
+            s = scheduler_of(self.m.max_num_seqs, self.m.max_num_batched_tokens, self.m.block_size, **variant)
+            Hears(s, clock)
+            served = play(s, w, self.ids(w), clock, told or variant.get("scheduling_policy", ""), self.hasher)
+            s.shutdown()
         return served
 
     def ids(self, w):

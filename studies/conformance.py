@@ -23,10 +23,14 @@ FILES = ["test_scheduler.py", "test_async_scheduler.py", "test_priority_schedule
 PLUGIN = """
 import vllm.v1.core.sched.async_scheduler as a
 import vllm.v1.core.sched.scheduler as s
+import pars_nb.scheduler as ours
 from pars_nb.adapter import PolicyRequestQueue
-from pars_nb.scheduler import PARSScheduler
 
-class Plain(PARSScheduler):
+_read = ours.read_config
+# the tests make hundreds of schedulers: each would start a process to learn in
+ours.read_config = lambda config: _read(config).model_copy(update=dict(learn_inline=True))
+
+class Plain(ours.PARSScheduler):
     is_async = False
 
 class Async(Plain):

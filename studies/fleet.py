@@ -1,7 +1,9 @@
 """Two replicas of the embedded LLM behind Ray's OpenAI ingress, four routers: the measurements behind nbs/76_fleet.ipynb. Each command
 writes one JSON into results/fleet.
 
-    python studies/fleet.py demo
+    python studies/fleet.py demo    # four routers, two replicas
+    python studies/fleet.py plan    # past this machine, on the nominal clock
+    python studies/fleet.py batch   # offline batches in a real engine: the order of the file, longest and shortest predicted first
 """
 import asyncio
 import logging
@@ -53,7 +55,7 @@ async def play(url, w, router):
             due = start + w.arrivals[i]
             await asyncio.sleep(due - time.perf_counter())
             body = dict(model="tiny", prompt=w.prompts[i], max_tokens=w.lengths[i], ignore_eos=True, temperature=0,
-                        vllm_xargs=dict(pars_score=w.scores[i], route_by=router))
+                        vllm_xargs=dict(pars_score=w.scores[i], route_by=router.removesuffix(" again")))
             answer = (await client.post("completions", json=body)).raise_for_status().json()
             assert answer["usage"]["completion_tokens"] == w.lengths[i]
             now = time.perf_counter()
@@ -63,7 +65,8 @@ async def play(url, w, router):
 
 
 def one_run(url, w, router):
-    "The figures that are shown, and how fast it went."
+    "The figures that are shown, and how fast it went. First a pause, in which the replicas report that they have nothing to do."
+    time.sleep(1)
     s = summarise(asyncio.run(play(url, w, router)))
     tau = tau_b(np.array(w.scores), np.array(w.lengths))
     return dict(router=router, workload=w.name, seed=w.seed, tau_b=tau, duration=s["duration"], throughput=s["request_throughput"],
@@ -71,13 +74,14 @@ def one_run(url, w, router):
 
 
 @app.command()
-def demo(requests: int = 120, seeds: int = 3, most: int = 400, noise: float = 0.5, rho: float = 0.8, seqs: int = 8, port: int = 8017):
-    """Two replicas; a burst and a stream through each of four routers, which take turns on the same replicas (`pars_nb.switch`). ρ = 1 is
-    the burst's pace under Ray's default router, seed by seed."""
+def demo(requests: int = 120, seeds: int = 3, most: int = 400, noise: float = 0.5, rho: float = 0.8, seqs: int = 8, port: int = 8017,
+         control: bool = False):
+    """Two replicas; a burst and a stream through each of four routers, which take turns on the same replicas (`pars_nb.switch`), and through
+    Ray's default once more where a `--control` is asked for. ρ = 1 is the burst's pace under Ray's default router, seed by seed."""
     import ray
 
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request
-    began, rows, names = time.time(), [], list(ROUTERS)
+    began, rows, names = time.time(), [], [*ROUTERS, *(["power-of-two again"] if control else [])]
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
     quiet = dict(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     ray.init(address="local", num_cpus=8, object_store_memory=200_000_000, **quiet)
@@ -85,7 +89,7 @@ def demo(requests: int = 120, seeds: int = 3, most: int = 400, noise: float = 0.
     engine = dict(dtype="float32", max_num_seqs=seqs, max_model_len=2048, max_num_batched_tokens=2048)
     s = FleetSettings(kind="cpu", name="tiny", router="pars_nb.switch:SwitchRouter", client_scores=True, port=port, engine=engine)
     url = up(fleet_config(s))
-    for router in names:
+    for router in ROUTERS:
         one_run(url, heavy_tailed(24, 999, most, noise), router)  # warm-up
     for seed in range(seeds):
         order = rotated(names, seed)
@@ -176,6 +180,43 @@ def plan(requests: int = 50_000, seeds: int = 5, large: bool = True):
     print(table.to_string())
     write("fleet/plan", **facts)
     table.round(3).to_csv(OUT / "plan.csv")
+
+
+@app.command()
+def batch(prompts: int = 96, seeds: int = 3, most: int = 1000, noise: float = 0.7, seqs: int = 16):
+    """vLLM's offline engine gives a batch of heavy-tailed answers (log-uniform up to `most`), in four orders: engine steps and seconds until
+    the last answer, and the share of the steps with under half of the places taken. Scores: the length times a log-normal error."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # steps are counted in this process
+    from vllm import LLM, SamplingParams
+
+    from pars_nb.engine import engine_dtype
+    from pars_nb.offline import longest_first
+    from pars_nb.tiny import tiny_llm
+
+    llm = LLM(str(tiny_llm()), dtype=engine_dtype(), enforce_eager=True, max_num_seqs=seqs, max_model_len=2048, max_num_batched_tokens=2048)
+    one_step, rows = llm.llm_engine.step, []
+    widths: list[int] = []
+
+    def step():
+        widths.append(llm.llm_engine.get_num_unfinished_requests())
+        return one_step()
+
+    llm.llm_engine.step = step
+    for seed in range(-1, seeds):  # the first one warms up
+        w = heavy_tailed(prompts, seed, most, noise)
+        longest = longest_first(w.scores)
+        named = {"file": list(range(prompts)), "longest predicted first": longest, "shortest predicted first": longest[::-1],
+                 "longest first": longest_first(w.lengths)}
+        for name in rotated(list(named), seed + 1):
+            order, start = named[name], time.perf_counter()
+            widths.clear()
+            params = [SamplingParams(temperature=0, max_tokens=w.lengths[i], ignore_eos=True, detokenize=False) for i in order]
+            llm.generate([w.prompts[i] for i in order], params, use_tqdm=False)
+            rows.append(dict(seed=seed, order=name, steps=len(widths), seconds=time.perf_counter() - start, tokens=sum(w.lengths),
+                             tail=sum(k < seqs / 2 for k in widths) / len(widths), tau_b=tau_b(np.array(w.scores), np.array(w.lengths))))
+            print(rows[-1], flush=True)
+    rows = [r for r in rows if r["seed"] >= 0]
+    write("fleet/batch", prompts=prompts, most=most, noise=noise, max_num_seqs=seqs, runs=rows)
 
 
 def plan_table(rows):

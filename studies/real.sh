@@ -1,5 +1,5 @@
 #!/bin/sh
-# Train on recorded lengths of real LLMs and bench in the real engine. Writes results/real/NAME/ and results/real/README.md.
+# Train on recorded lengths of real LLMs and send bursts through the real engine. Writes results/real/NAME/ (nbs/80_recorded.ipynb shows it).
 set -eu
 cd "$(dirname "$0")/.."
 data=${DATA:-../shared/data}
@@ -16,7 +16,7 @@ one() { # name, target model, max_tokens, training options
 }
 measure() { # name, ranker
     pars bench --data "$data/$name.parquet" --target "$target" --ranker "$work/$2" --out "results/real/$2" \
-        --requests 300 --seeds 3 --max-tokens "$cap" --load 0.9
+        --requests 400 --seeds 3 --max-tokens "$cap" --load 0
     rm -f "results/real/$2"/engine-*.log
 }
 model=$(python - "$data" <<'PY'
@@ -31,4 +31,3 @@ one alpaca_davinci003 "$davinci" 1024 --epochs 2 --batch-size 64 --lr 1e-4 --max
 test -f "$work/alpaca_davinci003_student/pars.json" ||
     pars distill --data "$data/alpaca_davinci003.parquet" --target "$davinci" --ranker "$work/alpaca_davinci003" --out "$work/alpaca_davinci003_student"
 measure alpaca_davinci003 alpaca_davinci003_student
-python studies/real_table.py

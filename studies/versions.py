@@ -117,7 +117,7 @@ class Bench:
         import pars_nb.scheduler as ours
         from pars_nb.adapter import stock as stock_class
 
-        ours.read_config = lambda _: ours.PARSConfig(client_scores=True, **pars)
+        ours.read_config = lambda _: ours.PARSConfig(**dict(client_scores=True, learn_inline=True) | pars)
         vllm_tests.Scheduler = stock_class(pars_in_vllm.Plain, False) if stock else pars_in_vllm.Plain
         self.s, self.make, self.skipped = vllm_tests.create_scheduler(**kw), vllm_tests.create_requests, set()
         self.watch()
@@ -235,8 +235,8 @@ def priorities():
 
 def burst_latency(seeds=3):
     """Mean NTPOT and TTFT of a burst of 150 against stock FCFS on a nominal clock: 16 slots, a step takes 5 ms and 0.1 ms a token. The scores
-    are the lengths."""
-    pars = dict(policy="pars", express_share=1.0)
+    are the lengths, all else is the default."""
+    pars = dict(learn=False)
     rows = [[play(Bench(pars, stock=stock, max_num_seqs=16, max_num_batched_tokens=2048), workload(seed).lengths) for stock in (True, False)]
             for seed in range(seeds)]
     return {k: [round(ours[k] / stock[k], 3) for stock, ours in rows] for k in ("mean_ntpot", "mean_ttft", "duration")}
@@ -419,13 +419,13 @@ def workload(seed, n=150):
 
 
 def inside_latency(seeds=3):
-    "Mean NTPOT of a burst against stock FCFS, ratios in one run; the scores are the lengths."
+    "Mean NTPOT of a burst against stock FCFS, ratios in one run; the scores are the lengths, all else is the default."
     from contextlib import ExitStack
 
     from pars_nb.engine import EngineSettings, engine
     from pars_nb.latency import summarise
 
-    queues, rows = dict(fcfs={}, pars=OURS | dict(additional_config=dict(pars=dict(client_scores=True, express_share=1.0)))), []
+    queues, rows = dict(fcfs={}, pars=OURS | dict(additional_config=dict(pars=dict(client_scores=True, learn=False)))), []
     with ExitStack() as stack:
         engines = {k: stack.enter_context(engine(EngineSettings(dtype="float32"), a, f"engine-{k}.log")) for k, a in queues.items()}
         for e in engines.values():
