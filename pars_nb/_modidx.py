@@ -1040,7 +1040,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'pars_nb.student.Student.save': ('student.html#student.save', 'pars_nb/student.py'),
                                  'pars_nb.student.Student.score': ('student.html#student.score', 'pars_nb/student.py'),
                                  'pars_nb.student.Student.sums': ('student.html#student.sums', 'pars_nb/student.py'),
-                                 'pars_nb.student._design': ('student.html#_design', 'pars_nb/student.py'),
+                                 'pars_nb.student._by_kind': ('student.html#_by_kind', 'pars_nb/student.py'),
                                  'pars_nb.student._finish': ('student.html#_finish', 'pars_nb/student.py'),
                                  'pars_nb.student._held_back': ('student.html#_held_back', 'pars_nb/student.py'),
                                  'pars_nb.student._idf': ('student.html#_idf', 'pars_nb/student.py'),

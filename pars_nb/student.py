@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SLOTS', 'WORD', 'HEAD', 'TAIL', 'FIRST_WORDS', 'FRONT', 'START', 'SIGNALS', 'KINDS', 'SALTS', 'CODE', 'ASKING',
-           'FIRST', 'NUMBERS', 'UNITS', 'QUANTITY', 'WORDS_COUNT', 'SIGNAL', 'HOLDS', 'BLEND', 'UNIVERSAL', 'features',
-           'weighted', 'glance', 'words', 'asked', 'kind_of', 'Glance', 'look', 'Student', 'load_student', 'learn',
-           'adapted', 'distill', 'named']
+           'FIRST', 'NUMBERS', 'UNITS', 'QUANTITY', 'WORDS_COUNT', 'SIGNAL', 'SIGNALS_COUNT', 'SHARED', 'TOGETHER',
+           'HOLDS', 'FEW_WORDS', 'BLEND', 'UNIVERSAL', 'features', 'weighted', 'glance', 'words', 'asked', 'kind_of',
+           'Glance', 'look', 'Student', 'load_student', 'learn', 'adapted', 'distill', 'named']
 
 # %% ../nbs/10_student.ipynb #b647fb00
 import re
@@ -95,7 +95,7 @@ def kind_of(low: str, size: int, code: int, formulas: int, digits: int) -> int: 
     if ("\na. " in low and "\nb. " in low) or ("\na) " in low and "\nb) " in low):
         return 4
     named = sum(mark in low for mark in CODE)
-    if named >= 3 or (code >= 6 and named >= 2):
+    if named >= 3 or (named >= 2 and (code >= 6 or ("input" in low and "output" in low))):
         return 2
     if formulas >= 3 or (digits >= 3 and ("how many" in low or "how much" in low)):
         return 3
@@ -174,18 +174,24 @@ def load_student(folder: str | Path) -> Student:
         raise RankerError(f"the student in {folder} is damaged: {type(e).__name__}; run `pars distill` again, or copy it again") from e
 
 # %% ../nbs/10_student.ipynb #8d08e78a
-WORDS_COUNT = (1.0, 1.0, 0.3, 1.0, 1.0)  # by kind
+WORDS_COUNT = (1.0, 1.0, 0.01, 0.1, 0.1)  # by kind
 SIGNAL = 0.3  # scale of a standardised signal against a row of words of length 1: how lightly it is penalised
+SIGNALS_COUNT = (SIGNAL, SIGNAL, 0.003, 0.01, 0.01)  # by kind: what is learned for that kind alone
+SHARED = dict(size=((2, 3), 1.0), digits=((3, 4), 0.3))  # what kinds learn together, and how lightly that is penalised
+SHARED |= {"formula marks": ((3, 4), 0.3), "code marks": ((3, 4), 0.3)}
+TOGETHER = np.zeros((len(KINDS), len(SIGNALS)))
+for signal, (of_kinds, scale) in SHARED.items():
+    TOGETHER[list(of_kinds), SIGNALS.index(signal)] = scale
 
 
-def _design(rows: Sequence[np.ndarray], kinds: np.ndarray, x: np.ndarray, idf: np.ndarray) -> Any:  # (n, slots + K·(S + 1)) CSR
+def _by_kind(kinds: np.ndarray, x: np.ndarray, count: Sequence[float]) -> Any:  # (n, K·(S + 1)) CSR
+    "Columns that only the prompts of one kind have: its signals, and a constant."
     from scipy import sparse
 
-    own = [np.c_[x, np.ones(len(x))] * (kinds == k)[:, None] for k in range(len(KINDS))]
-    text = sparse.diags_array(np.array(WORDS_COUNT)[kinds]) @ weighted(rows, idf)
-    return sparse.hstack([text, *(sparse.csr_matrix(SIGNAL * block) for block in own)]).tocsr()
+    own = np.c_[np.array(count)[kinds][:, None] * x, np.full(len(x), SIGNAL)]
+    return sparse.hstack([sparse.csr_matrix(own * (kinds == k)[:, None]) for k in range(len(KINDS))]).tocsr()
 
-
+# %% ../nbs/10_student.ipynb #c65382cf
 def learn(
     prompts: Sequence[str],
     target: np.ndarray,  # (n,) log lengths, or whatever is to be ordered
@@ -195,16 +201,19 @@ def learn(
     without: Sequence[str] = (),  # of `SIGNALS`: to learn what they are worth
 ) -> dict[str, np.ndarray]:  # tables of a `Student` of words
     "Fit words and signals to a target by ridge regression. Needs scikit-learn."
+    from scipy import sparse
     from sklearn.linear_model import Ridge
 
     seen = [look(p) for p in prompts]
     rows, kinds, raw = [features(g.ids, slots) for g in seen], np.array([g.kind for g in seen]), np.array([g.signals for g in seen])
     mean, spread = raw.mean(0), raw.std(0) + 1e-9
     spread[[SIGNALS.index(s) for s in without]] = np.inf
-    idf = _idf(rows, slots)
-    w = Ridge(alpha=alpha * float(np.mean(weight)), solver="lsqr", tol=1e-4).fit(_design(rows, kinds, (raw - mean) / spread, idf), target, weight)
-    own = w.coef_[slots:].reshape(len(KINDS), -1)
-    slopes = SIGNAL * own[:, :-1] / spread
+    idf, x = _idf(rows, slots), (raw - mean) / spread
+    text = sparse.diags_array(np.array(WORDS_COUNT)[kinds]) @ weighted(rows, idf)
+    design = sparse.hstack([text, _by_kind(kinds, x, SIGNALS_COUNT), sparse.csr_matrix(TOGETHER[kinds] * x)]).tocsr()
+    w = Ridge(alpha=alpha * float(np.mean(weight)), solver="lsqr", tol=1e-4).fit(design, target, weight)
+    own, shared = w.coef_[slots : -len(SIGNALS)].reshape(len(KINDS), -1), w.coef_[-len(SIGNALS) :]
+    slopes = (np.array(SIGNALS_COUNT)[:, None] * own[:, :-1] + TOGETHER * shared) / spread
     constant = w.intercept_ + SIGNAL * own[:, -1] - slopes @ mean
     return dict(value=(idf * w.coef_[:slots]).astype(np.float16), square=np.square(idf).astype(np.float16),
                 signals=np.c_[slopes, WORDS_COUNT, constant].astype(np.float32))
@@ -215,8 +224,10 @@ def _idf(rows: Sequence[np.ndarray], slots: int = SLOTS) -> np.ndarray:
     seen = np.bincount(np.concatenate([np.unique(f) for f in rows]), minlength=slots)
     return np.where(seen > 1, np.log((1 + len(rows)) / (1 + seen)) + 1, 0.0)
 
+
 # %% ../nbs/10_student.ipynb #3fedd04a
 HOLDS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 1e4)  # strengths of the ridge to choose from; the last one changes nothing
+FEW_WORDS = np.array((1.0, 1.0, 0.3, 1.0, 1.0))  # by kind: traffic of one application may teach its words, in code too
 
 
 def adapted(student: Student, prompts: Sequence[str], logs: np.ndarray) -> Student:  # logs: (n,) log lengths of the target
@@ -228,28 +239,30 @@ def adapted(student: Student, prompts: Sequence[str], logs: np.ndarray) -> Stude
     about = scores - scores.mean()
     slope = max(0.1, (about @ y + 10 * scores.var()) / (about @ about + 10 * scores.var() + 1e-9))  # as if ten prompts had said: 1
     mean, spread = raw.mean(0), np.maximum(raw.std(0), 0.3)
-    x = _design([features(g.ids, len(idf)) for g in seen], kinds, (raw - mean) / spread, idf)
-    w = _held_back(x, y - y.mean() - slope * about)
-    slots, own = len(idf), w[len(idf) :].reshape(len(KINDS), -1)
-    slopes = SIGNAL * own[:, :-1] / spread
-    table = np.c_[slopes, np.zeros(len(KINDS)), SIGNAL * own[:, -1] - slopes @ mean]
-    change = student.model["signals"] * np.r_[[slope] * len(SIGNALS), 1.0, slope]
+    text, own = weighted([features(g.ids, len(idf)) for g in seen], idf), _by_kind(kinds, (raw - mean) / spread, [SIGNAL] * len(KINDS))
+    few, old = FEW_WORDS[kinds], student.model["signals"]
+    dual = _held_back((text @ text.T).toarray() * np.outer(few, few) + (own @ own.T).toarray(), y - y.mean() - slope * about)
+    by_kind = (own.T @ dual).reshape(len(KINDS), -1)
+    slopes = SIGNAL * by_kind[:, :-1] / spread
+    table = np.c_[slopes, np.zeros(len(KINDS)), SIGNAL * by_kind[:, -1] - slopes @ mean]
+    change = old * np.r_[[slope] * len(SIGNALS), 1.0, slope]
     change[:, -1] += y.mean() - slope * scores.mean()
-    value = slope * student.model["value"].astype(float) + idf * w[:slots]
+    value = slope * student.model["value"].astype(float) + idf * (text.T @ (dual * few**2 / old[kinds, -2]))
     model = student.model | dict(value=value.astype(np.float16), signals=(change + table).astype(np.float32))
     return Student(model, None, student.meta.model_copy())
 
 
-def _held_back(x: Any, y: np.ndarray) -> np.ndarray:  # weights of a ridge
+def _held_back(kernel: np.ndarray, y: np.ndarray) -> np.ndarray:  # (n,) dual weights of a ridge
     "The strongest of `HOLDS` whose left-out errors are within a standard error of the least (Breiman et al. 1984): in doubt, no change."
-    kernel, found = (x @ x.T).toarray(), []
+    found = []
     for hold in HOLDS:
         inverse = np.linalg.inv(kernel + hold * np.eye(len(y)))
         dual = inverse @ y
         found.append((np.square(dual / np.diag(inverse)), dual))
     least = min((e for e, _ in found), key=np.mean)
     enough = least.mean() + least.std() / np.sqrt(len(y))
-    return x.T @ next(dual for e, dual in reversed(found) if e.mean() <= enough)
+    return next(dual for e, dual in reversed(found) if e.mean() <= enough)
+
 
 # %% ../nbs/10_student.ipynb #5ea81cfb
 BLEND = 0.5  # how much of the target is the teacher's score; the rest is the length
