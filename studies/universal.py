@@ -382,7 +382,8 @@ def encoder(
     ranker.meta.measure(scores, lengths)
     of = np.array([r.model for r in held])
     tau = {k: tau_b(scores[of == k], lengths[of == k]) for k in sorted(set(of)) if (of == k).sum() > 9}
-    ranker.meta.metrics = {k: round(v, 4) for k, v in tau.items() if v == v} | dict(prompts=float(len(fit_on)))
+    found: dict[str, float | None] = {k: round(v, 4) for k, v in tau.items() if v == v}
+    ranker.meta.metrics = found | dict(prompts=float(len(fit_on)))
     ranker.save(out)
     print(ranker.meta.metrics)
 
@@ -418,7 +419,8 @@ Left out:
 ## What it is worth
 
 Kendall's τ_b on workloads that were left out of training together with a third of all models, against prompt length: the median over the
-models left out, and over {seeds} draws of them (least to greatest). `python studies/universal.py leave-out`.
+models left out, and over {seeds} draw(s) of them (least to greatest). `python studies/universal.py leave-out`. The weights of the kinds of
+traffic were chosen while looking at these workloads, so expect a little less on yours.
 
 | workload | universal | by draw | prompt length |
 |---|---|---|---|
