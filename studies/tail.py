@@ -94,7 +94,7 @@ def rules(r, tails, lanes):
             "lane 0.1, 60 s": (Learned(PARS(Scale(table), 60.0), r.output, Express(0.1, work_shares)), r)}
     for lane in lanes:
         for tail in tails:
-            rule = LearnedTail(Tail(Scale(table), tail), r.output, Express(lane, work_shares))
+            rule = LearnedTail(Tail(Scale(table), tail, together_s=0.05), r.output, Express(lane, work_shares))
             todo[f"tail {tail:g}, lane {lane:g}"] = (rule, r)
     return todo
 
@@ -121,7 +121,7 @@ def show(summary):
 
 @app.command()
 def simulated(folder: Folder, engine: EngineFile, trace: str = "trace_azure2023_conv.parquet", requests: int = 1500, burst: int = 2000,
-              seeds: int = 5, tails: list[float] = [1.0, 1.1, 1.2], lanes: list[float] = [0.1], max_tokens: int = 1024,  # noqa: B006
+              seeds: int = 5, tails: list[float] = [1.0, 1.1, 1.2], lanes: list[float] = [0.05], max_tokens: int = 1024,  # noqa: B006
               name: str = "simulated"):
     "Every dataset at every load, each queue on the same requests."
     e, gaps, rows = load_engine(engine), np.array(gaps_of(folder / trace)), []
