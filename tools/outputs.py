@@ -15,7 +15,7 @@ TEST, EXPORT = 12, 40  # lines of a cell
 WITHOUT = {"99_moved"}  # nothing to see: names that have moved
 FORBIDDEN = {
     "a path": r"(?<![\w.:/])/(?:work|tmp|home|root|usr|opt|var|mnt)/\w|site-packages",
-    "an address": r"\b0x[0-9a-f]{6,}|\b\d{1,3}(?:\.\d{1,3}){3}\b|localhost:\d|https?://(?!arxiv\.org)\w",
+    "an address": r"\b0x[0-9a-f]{6,}|\b\d{1,3}(?:\.\d{1,3}){3}\b|localhost:(?!80)\d|https?://(?!arxiv\.org|localhost:80|.{0,3}…)\w",
     "a traceback": r"Traceback \(most recent call last\)",
 }
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -67,8 +67,12 @@ def long_cells(name, book):
             yield f"{name} cell {i}: {len(lines)} lines, {bound} at most"
 
 
+LOG = re.compile(r"^(?:\x1b\[\d+m)*(?:\((?:\w+ )?(?:pid=|raylet)|\(\S+ pid=\d+\)|(?:INFO|WARNING|ERROR) \d\d-\d\d |\[W\d+).*\n?", re.MULTILINE)
+
+
 def plain(text):
-    "The same text without the addresses of objects, and with paths that end where the machine begins."
+    "The same text without an engine's log and the addresses of objects and hosts, and with paths that end where the machine begins."
+    text = re.sub(r"(?:https?://)?\d{1,3}(?:\.\d{1,3}){3}(?::\d+)?", "…", LOG.sub("", text))
     text = re.sub(r" at 0x[0-9a-f]{6,}", "", text)
     text = re.sub(r"(?<![\w.:/])/(?:work|tmp|home|root)/(?:[^/\s'\":,)]+/)*", "…/", text)
     return re.sub(r"\btmp[a-z0-9_]{8}\b", "tmp", text)
