@@ -167,9 +167,9 @@ class _Skipped(_Part):
 LAYOUTS = [{"waiting"}, {"waiting", "kv_holding_waiting"}, {"waiting", "skipped_waiting"}]
 USED = dict(  # whose attributes the scheduler and its queue rely on
     scheduler=["waiting", "running", "requests", "scheduler_config", "vllm_config", "parallel_config", "kv_cache_manager",
-               "add_request", "schedule", "finish_requests", "_free_request"],
+               "kv_cache_config", "block_size", "add_request", "schedule", "finish_requests", "_free_request"],
     request=["request_id", "arrival_time", "priority", "status", "prompt_token_ids", "num_prompt_tokens", "num_output_tokens",
-             "num_computed_tokens", "sampling_params"],
+             "num_computed_tokens", "num_tokens", "sampling_params", "lora_request", "cache_salt"],
     output=["scheduled_new_reqs"],
 )
 

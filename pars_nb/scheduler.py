@@ -249,7 +249,7 @@ class ExpectingScheduler(ShownScheduler):
     def ended(self, request: Request, t: Ticket, length: int, aborted: bool) -> None:
         super().ended(request, t, length, aborted)
         self.expected.pop(request, None)
-        if length and not aborted:
+        if self.pars.room is not None and length and not aborted:
             self.answers.seen(None if t.score is None else self.places(t.score), length)
 
     def follow(self) -> None:

@@ -61,7 +61,7 @@ def score(p: P):
         return {'score': model(**x).logits[0, 0].item()}
 uvicorn.run(app, host='127.0.0.1', port=int(sys.argv[2]), log_level='error')
 """
-OURS = "from pars_nb.cli_scoring import app; app()"
+OURS = "from pars_nb.cli import app; app()"
 
 
 @contextmanager
@@ -79,6 +79,8 @@ def served(code, *args):
                 break
             except httpx.TransportError:
                 time.sleep(0.25)
+        else:
+            raise RuntimeError(f"no score server answers on {url}")
         yield url
     finally:
         p.terminate()

@@ -85,6 +85,12 @@ def drawn(lengths, tau, n, seed, gaps=None, most=1024):
     return Requests(arrival, np.full(n, 30), output, np.quantile(np.minimum(most, lengths), place))
 
 
+def scene(folder, engine, trace, data, max_tokens, n=2000):
+    "Engine, gaps between arrivals, lengths, τ_b of the predictor, and the rate at which the engine serves n at once."
+    e, (lengths, tau) = load_engine(engine), lengths_of(folder, data)
+    return e, np.array(gaps_of(folder / trace)), lengths, tau, capacity(drawn(lengths, tau, n, 0, most=max_tokens), e)
+
+
 def rules(r, tails, lanes):
     "Name → (policy, requests as it is told). What the lane and the work are at first is what a checkpoint says."
     table = np.quantile(r.score, np.linspace(0, 1, 201)).tolist()
@@ -124,10 +130,9 @@ def simulated(folder: Folder, engine: EngineFile, trace: str = "trace_azure2023_
               seeds: int = 5, tails: list[float] = [1.0, 1.1, 1.2], lanes: list[float] = [0.05], max_tokens: int = 1024,  # noqa: B006
               name: str = "simulated"):
     "Every dataset at every load, each queue on the same requests."
-    e, gaps, rows = load_engine(engine), np.array(gaps_of(folder / trace)), []
+    rows: list[dict[str, Any]] = []
     for data in DATASETS:
-        lengths, tau = lengths_of(folder, data)
-        rate = capacity(drawn(lengths, tau, burst, 0, most=max_tokens), e)
+        e, gaps, lengths, tau, rate = scene(folder, engine, trace, data, max_tokens, burst)
         for what in WHATS:
             for seed in range(seeds):
                 stream = None if what == "burst" else gaps
@@ -179,8 +184,8 @@ def hasher_of(block_size):
     return get_request_block_hasher(block_size, sha256)
 
 
-def in_vllm(e, r, **pars):
-    "vLLM's own scheduler plays the requests on the nominal clock; the clients send the scores."
+def in_vllm(e, r, prepare=lambda scheduler: None, **pars):
+    "vLLM's own scheduler plays the requests on the nominal clock; the clients send the scores. `prepare` sees the scheduler beforehand."
     from types import SimpleNamespace
     from unittest.mock import patch
 
@@ -192,6 +197,7 @@ def in_vllm(e, r, **pars):
     with patch.object(module, "time", clock):
         s = scheduler_of(e.max_num_seqs, e.max_num_batched_tokens, e.block_size, **ours(**dict(client_scores=True, learn=False) | pars))
         Hears(s, clock)
+        prepare(s)
         w = SimpleNamespace(arrivals=r.arrival.tolist(), lengths=r.output.tolist(), scores=r.score.tolist())
         ids = [[3 + (i >> 8 * k) % 256 for k in range(int(n))] for i, n in enumerate(r.prompt)]
         served = play(s, w, ids, clock, "score", hasher_of(e.block_size))
@@ -212,9 +218,7 @@ def clocked(folder: Folder, engine: EngineFile, trace: str = "trace_azure2023_co
             whats: list[str] = ["burst", "0.7", "0.9", "1.0", "1.1", "1.3"],  # noqa: B006
             max_tokens: int = 1024):
     "One dataset in vLLM's own scheduler, at every load."
-    e, gaps, rows = load_engine(engine), np.array(gaps_of(folder / trace)), []
-    lengths, tau = lengths_of(folder, data)
-    rate = capacity(drawn(lengths, tau, burst, 0, most=max_tokens), e)
+    (e, gaps, lengths, tau, rate), rows = scene(folder, engine, trace, data, max_tokens, burst), []
     for what in whats:
         for seed in range(seeds):
             r = drawn(lengths, tau, burst if what == "burst" else requests, seed, None if what == "burst" else gaps, max_tokens)
@@ -231,19 +235,17 @@ def clocked(folder: Folder, engine: EngineFile, trace: str = "trace_azure2023_co
 def harm(folder: Folder, engine: EngineFile, trace: str = "trace_azure2023_conv.parquet", data: str = "davinci", requests: int = 2000,
          seeds: int = 3, tail: float = 1.1, whats: list[str] = ["0.9", "1.1"], max_tokens: int = 1024):  # noqa: B006
     "Useless and reversed scores in vLLM's own scheduler, with the guard and without: those that come in the second half."
-    e, gaps, rows = load_engine(engine), np.array(gaps_of(folder / trace)), []
-    lengths, tau = lengths_of(folder, data)
-    rate = capacity(drawn(lengths, tau, requests, 0, most=max_tokens), e)
+    (e, gaps, lengths, tau, rate), rows = scene(folder, engine, trace, data, max_tokens, requests), []
     for what in whats:
         for kind in ("useless", "reversed"):
             for seed in range(seeds):
                 r = drawn(lengths, tau, requests, seed, gaps, max_tokens)
                 wrong = np.random.default_rng(seed).random(requests) if kind == "useless" else -r.output.astype(float)
                 r = r._replace(arrival=r.arrival / (float(what) * rate), score=wrong)
-                queues: dict[str, list[Any]] = {"FCFS": [dict(policy="fcfs")], "guard": [{}, tail], "no guard": [dict(min_tau=0.0), tail],
-                                                "no guard, all go ahead": [dict(min_tau=0.0, policy="sjf")]}
-                for queue, rest in queues.items():
-                    late = sorted(in_vllm(e, r, *rest), key=lambda o: o.arrival)[requests // 2:]
+                queues: dict[str, dict[str, Any]] = {"FCFS": dict(policy="fcfs"), "guard": dict(tail=tail), "no guard": dict(min_tau=0.0, tail=tail),
+                                                     "no guard, all go ahead": dict(min_tau=0.0, policy="sjf")}
+                for queue, settings in queues.items():
+                    late = sorted(in_vllm(e, r, **settings), key=lambda o: o.arrival)[requests // 2:]
                     rows.append(dict(scores=kind, what=what, seed=seed, queue=queue, **summarise(late)))
     d = pd.DataFrame(rows).set_index(["scores", "what", "seed", "queue"])
     ratio = (d / d.xs("FCFS", level="queue"))[["mean_ntpot_ms", "mean_e2el_ms", "p99_e2el_ms"]].groupby(["scores", "what", "queue"], sort=False)

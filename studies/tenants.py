@@ -8,24 +8,20 @@ in the event simulator.
     python studies/tenants.py together --folder ../shared/data --engine results/arena/engine_cpu.json
 """
 import json
-from types import SimpleNamespace
+from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
 import typer
-from clocked import play
-from common import EngineFile, gaps_of, ours, scheduler_of, write
-from tail import DATASETS, Folder, Hears, LearnedTail, Nominal, drawn, hasher_of, lengths_of, show, summary_of
+from common import EngineFile, write
+from tail import DATASETS, Folder, LearnedTail, drawn, in_vllm, scene, show, summary_of
 
-import pars_nb.scheduler as module
-from pars_nb.calibrate import load_engine
 from pars_nb.card import RankerMeta
 from pars_nb.lane import Express
 from pars_nb.latency import summarise
 from pars_nb.policy import FCFS, Policy, SJF, Scale
-from pars_nb.simulate import Requests, capacity, simulate
+from pars_nb.simulate import Requests, simulate
 from pars_nb.tail import Tail
 
 app = typer.Typer(add_completion=False)
@@ -44,17 +40,8 @@ def tells(scheduler, whose):
 
 
 def served_by(e, r, whose, **pars):
-    "vLLM's own scheduler plays the requests on the nominal clock; the clients send scores and tenants."
-    clock = Nominal(e)
-    with patch.object(module, "time", clock):
-        s = scheduler_of(e.max_num_seqs, e.max_num_batched_tokens, e.block_size, **ours(client_scores=True, learn=False, **pars))
-        Hears(s, clock)
-        tells(s, whose)
-        w = SimpleNamespace(arrivals=r.arrival.tolist(), lengths=r.output.tolist(), scores=r.score.tolist())
-        ids = [[3 + (i >> 8 * k) % 256 for k in range(int(n))] for i, n in enumerate(r.prompt)]
-        served = play(s, w, ids, clock, "score", hasher_of(e.block_size))
-        s.shutdown()
-    return served
+    "The same scheduler on the same clock as in `tail`; the clients send their tenants too."
+    return in_vllm(e, r, partial(tells, whose=whose), **pars)
 
 
 def twisted(r, tenants, twist):
@@ -87,9 +74,7 @@ QUEUES: dict[str, dict[str, Any]] = {"FCFS": dict(policy="fcfs"), "one account f
 def clocked(folder: Folder, engine: EngineFile, trace: str = "trace_azure2023_conv.parquet", data: str = "davinci", requests: int = 1200,
             seeds: int = 5, whats: list[str] = ["1.1", "burst", "cold burst"], tenants: int = 4, max_tokens: int = 1024):  # noqa: B006
     "The others' latency: a gamer against its honest self in the same queue, a flood against first come, first served with the same flood."
-    e, gaps, rows = load_engine(engine), np.array(gaps_of(folder / trace)), []
-    lengths, tau = lengths_of(folder, data)
-    rate = capacity(drawn(lengths, tau, 2000, 0, most=max_tokens), e)
+    (e, gaps, lengths, tau, rate), rows = scene(folder, engine, trace, data, max_tokens), []
     for what in whats:
         for seed in range(seeds):
             r = arriving(drawn(lengths, tau, requests, seed, gaps, max_tokens), what, rate)
@@ -126,9 +111,7 @@ ORDERS: dict[str, dict[str, Any] | None] = {"FCFS": dict(policy="fcfs"), "SJF": 
 def goodput(folder: Folder, engine: EngineFile, trace: str = "trace_azure2023_conv.parquet", data: str = "davinci", requests: int = 1200,
             seeds: int = 2, whats: list[str] = ["0.9", "1.1"], max_tokens: int = 1024):  # noqa: B006
     "The share of requests that keep a promise, by order."
-    e, gaps, rows = load_engine(engine), np.array(gaps_of(folder / trace)), []
-    lengths, tau = lengths_of(folder, data)
-    rate = capacity(drawn(lengths, tau, 2000, 0, most=max_tokens), e)
+    (e, gaps, lengths, tau, rate), rows = scene(folder, engine, trace, data, max_tokens), []
     for what in whats:
         for seed in range(seeds):
             r = drawn(lengths, tau, requests, seed, gaps, max_tokens)
@@ -150,10 +133,9 @@ def goodput(folder: Folder, engine: EngineFile, trace: str = "trace_azure2023_co
 def together(folder: Folder, engine: EngineFile, trace: str = "trace_azure2023_conv.parquet", requests: int = 1500, seeds: int = 3,
              rho: list[float] = [0.7, 0.9, 1.1], tail: float = 1.1, lane: float = 0.05, max_tokens: int = 1024):  # noqa: B006
     "A twentieth of a second, and (tail − 1) × the p99 of the service time: the gap closed and p99 E2EL."
-    e, gaps, rows = load_engine(engine), np.array(gaps_of(folder / trace)), []
+    rows: list[dict[str, Any]] = []
     for data in DATASETS:
-        lengths, tau = lengths_of(folder, data)
-        rate = capacity(drawn(lengths, tau, 2000, 0, most=max_tokens), e)
+        e, gaps, lengths, tau, rate = scene(folder, engine, trace, data, max_tokens)
         for what in rho:
             for seed in range(seeds):
                 r = drawn(lengths, tau, requests, seed, gaps, max_tokens)

@@ -43,6 +43,8 @@ def lab(folder):
                 break
             except OSError:
                 time.sleep(0.5)
+        else:
+            raise RuntimeError(f"JupyterLab does not answer: {Path(folder) / 'lab.log'}")
         yield address
     finally:
         process.terminate()
