@@ -15,7 +15,7 @@ from .errors import DataError
 
 # %% ../nbs/59_offline.ipynb #0ff11ne5
 def longest_first(predicted: Sequence[float]) -> list[int]:  # indices
-    "The order of a batch: the longest predicted answer first; equals keep their order. A ranker's scores do as well as lengths."
+    "The order of a batch: the longest predicted answer first; equals keep their order. A ranker's scores serve as well as lengths."
     if not np.isfinite(np.asarray(predicted, dtype=float)).all():
         raise DataError(f"prediction {int(np.argmin(np.isfinite(predicted)))} is no finite number; give each prompt one")
     return np.argsort(-np.asarray(predicted, dtype=float), kind="stable").tolist()  # type: ignore[no-any-return]

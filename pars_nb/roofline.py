@@ -39,7 +39,7 @@ BYTES = dict(float32=4.0, float16=2.0, bfloat16=2.0, float8_e4m3fn=1.0)
 
 
 class Sizes(NamedTuple):
-    "Of a model."
+    "Sizes of a model."
     active: float  # weights for one token
     weights: float  # bytes of all weights
     kv: float  # bytes of keys and values for one token
@@ -64,7 +64,7 @@ def sizes_of(config: Mapping[str, Any]) -> Sizes:
                  width * layers * kv)
 
 # %% ../nbs/47_roofline.ipynb #d4704305
-READS, COMPUTES, KEEPS = 0.8, 0.5, 0.9  # what is reached of bandwidth and operations, and what part of the memory is used
+READS, COMPUTES, KEEPS = 0.8, 0.5, 0.9  # shares of bandwidth, operations and memory that an engine uses
 
 
 def roofline(device: Device, sizes: Sizes, gpus: int = 1, name: str = "roofline", **limits: int) -> EngineModel:
