@@ -76,7 +76,7 @@ def vllm_served(path: Path) -> list[Served]:
 
 # %% ../nbs/59_client.ipynb #087babe1
 def guidellm_command(a: Asked) -> list[str]:
-    "`guidellm run`. Raises `EngineError` where there is no such command."
+    "`guidellm run`. Raises `EngineError` if there is no such command."
     if (found := shutil.which("guidellm")) is None:
         raise EngineError("there is no command `guidellm`; give it an environment of its own (python -m venv guide; guide/bin/pip install "
                           "guidellm) and put that on the PATH: PATH=guide/bin:$PATH pars bench --client guidellm …")
@@ -100,7 +100,7 @@ class Client(NamedTuple):
     served: Callable[[Path], list[Served]]
 
     def run(self, a: Asked) -> list[Served]:
-        "Start it and wait. Raises `EngineError` with its output's end where it fails or loses more than a twentieth of the requests."
+        "Start it and wait. Raises `EngineError` with its output's end if it fails or loses more than a twentieth of the requests."
         a.out.parent.mkdir(parents=True, exist_ok=True)
         cmd, log = self.command(a), a.out.with_suffix(".log")
         with open(log, "w") as out:
@@ -138,7 +138,7 @@ def run_client(
     client: str = "vllm",  # or guidellm
     progress: bool = True,
 ) -> dict[str, Any]:
-    "A client that is not ours against `vllm serve` and `pars serve`. Raises `EngineError` where a server or the client fails."
+    "A client that is not ours against `vllm serve` and `pars serve`. Raises `EngineError` if a server or the client fails."
     bench, settings, out = bench or BenchSettings(), settings or EngineSettings(), Path(out)
     if client not in CLIENTS:
         raise EngineError(f"there is no client {client!r}, only {', '.join(CLIENTS)}")

@@ -149,7 +149,7 @@ class EngineSettings(BaseModel, extra="forbid"):
 
 # %% ../nbs/51_engine.ipynb #6b8f878c
 async def play(engine: Any, ids: list[list[int]], w: Workload, tell: str = "") -> list[Served]:
-    "Send the requests at their times. With `tell` each brings its `score` (the true length where it has none), or that as its `priority`."
+    "Send the requests at their times. With `tell` each brings its `score` (the true length if it has none), or that as its `priority`."
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -195,7 +195,7 @@ async def _serve(conn: Any, settings: dict, engine_args: dict) -> None:
 
 
 def render(tok: Any, prompt: str) -> list[int]:
-    "Token ids of a prompt, in the model's chat template where it has one."
+    "Token ids of a prompt, in the model's chat template if it has one."
     if getattr(tok, "chat_template", None):
         prompt = tok.apply_chat_template([dict(role="user", content=prompt)], tokenize=False, add_generation_prompt=True)
     return list(tok(prompt, add_special_tokens=not getattr(tok, "chat_template", None))["input_ids"])

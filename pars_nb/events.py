@@ -456,7 +456,7 @@ _outlived = compiled(outlived)
 
 @compiled
 def _left(world, request):
-    "Tokens of its answer that are to come; 0 where nothing is known."
+    "Tokens of its answer that are to come; 0 if nothing is known."
     answer, generated = world.given.answer[request], world.progress.generated[request]
     return 0.0 if np.isnan(answer) else _outlived(answer, float(generated)) - generated
 

@@ -25,7 +25,7 @@ class Served(BaseModel, frozen=True):
     last: float  # last token
     output_tokens: int
     prompt_tokens: int = 0
-    score: float | None = None  # the ranker's, where there was one
+    score: float | None = None  # the ranker's, if there was one
 
 
 def latencies(served: Sequence[Served]) -> "pd.DataFrame":

@@ -355,7 +355,7 @@ COLUMNS = [("mean", "NTPOT"), ("p90", "NTPOT"), ("mean", "TTFT"), ("p99", "E2EL"
 
 # %% ../nbs/61_loop.ipynb #files010
 def with_pars(args: list[str], pars: dict[str, Any]) -> list[str]:  # arguments for vLLM
-    """vLLM's arguments with our settings in `--additional-config`, beside what others have there. Raises `DataError` where it can't be."""
+    """vLLM's arguments with our settings in `--additional-config`, beside what others have there. Raises `DataError` if it can't be."""
     from pars_nb.engine import set_in_file
     from pars_nb.errors import DataError
 

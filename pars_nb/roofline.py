@@ -68,7 +68,7 @@ READS, COMPUTES, KEEPS = 0.8, 0.5, 0.9  # shares of bandwidth, operations and me
 
 
 def roofline(device: Device, sizes: Sizes, gpus: int = 1, name: str = "roofline", **limits: int) -> EngineModel:
-    "An estimate of an engine; `limits`: max_num_seqs, max_num_batched_tokens, block_size. Raises `DataError` where it does not fit."
+    "An estimate of an engine; `limits`: max_num_seqs, max_num_batched_tokens, block_size. Raises `DataError` if it does not fit."
     reads, computes = gpus * READS * device.bandwidth, gpus * COMPUTES * device.flops
     size = limits.get("block_size", 16)
     blocks = int((gpus * KEEPS * device.memory - sizes.weights) // (sizes.kv * size))

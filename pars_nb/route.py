@@ -259,7 +259,7 @@ def words(content: Any) -> str:  # a message's content: a string, or a list of p
 
 
 def body_text(body: Any) -> str:  # a chat or completion request of the OpenAI API
-    "All text of the prompt; empty where it came as token ids."
+    "All text of the prompt; empty if it came as token ids."
     if isinstance(prompt := getattr(body, "prompt", None), str):
         return prompt
     return "".join(f"<{m.get('role')}>{words(m.get('content'))}" for m in getattr(body, "messages", None) or () if isinstance(m, dict))

@@ -51,7 +51,7 @@ class PARSConfig(BaseModel, extra="forbid", populate_by_name=True):
     tail: float = Field(1.1, ge=0)  # pars: the oldest may wait this many times the wait under FCFS now; 0: FCFS and the lane
     lane: float = Field(0.05, ge=0, le=1, validation_alias=AliasChoices("lane", "express_share"))  # the shortest with this share of the work go ahead
     together_s: float = Field(0.05, ge=0, allow_inf_nan=False)  # pars: arrivals this close count as one (more where answers are slow)
-    max_overtake_s: float | None = Field(None, ge=0, allow_inf_nan=False)  # a hard bound: none is passed by one that came so much later; 0: FCFS
+    max_overtake_s: float | None = Field(None, ge=0, allow_inf_nan=False)  # a hard bound: none is passed by one that came that much later; 0: FCFS
     tenants: int = Field(32, ge=0)  # accounts (`vllm_xargs: {"pars_tenant": …}`, else `cache_salt`); the rest share one; 0: one for all
     slo_ttft_s: float | None = Field(None, gt=0)  # what can still have its first token in time goes first (or a request's `pars_slo_ttft_s`)
     slo_e2el_s: float | None = Field(None, gt=0)  # the same for the last token (`pars_slo_e2el_s`)
@@ -121,7 +121,7 @@ class OrderedScheduler(AsyncScheduler):
             return  # an unknown vLLM: this object is vLLM's own scheduler now
         self.scores = start_scorer(c, self.vllm_config.model_config)
         self.reader, self.foresight = start_learning(self)
-        self.scale = Scale(self.scores.meta.length_quantiles)  # of costs: tokens where there are tables, else scores as they come
+        self.scale = Scale(self.scores.meta.length_quantiles)  # of costs: tokens if there are tables, else the scores
         self.express = Express(c.lane, self.scores.meta.work_shares)
         self.waiting.q.accounts = Accounts(self.express, c.tenants)
         self.trust = Trust(c.min_tau, c.tau_window)
@@ -257,7 +257,7 @@ class ExpectingScheduler(ShownScheduler):
         self.answers, self.places = Answers(), Scale()
 
     def growth(self, request: Request) -> Growth:
-        "Its tokens, and how many are to come; none where nothing is known."
+        "Its tokens, and how many are to come; none if nothing is known."
         held, so_far = request.num_tokens + self.block_size - 1, request.num_output_tokens
         if request not in self.expected:
             t = self.waiting.q.tickets.get(request)
@@ -387,7 +387,7 @@ class PARSScheduler(FairScheduler):
         self.fresh.append(request)
 
     def read(self, request: Request) -> Any:
-        "The request's signals; None where nothing is learned or there are no tokens to read."
+        "The request's signals; None if nothing is learned or there are no tokens to read."
         p = request.sampling_params
         if self.reader is None or p is None or not request.prompt_token_ids:
             return None
@@ -499,7 +499,7 @@ def rank_of(vllm_config: Any) -> tuple[str, str | None]:
 
 
 def token_marks(model_config: Any) -> Marks:
-    "What the chat template puts around a user's turn, as token ids; empty where that can't be found out."
+    "What the chat template puts around a user's turn, as token ids; empty if that can't be found out."
     try:
         return Marks(*mark_ids(open_tokenizer(model_config)))
     except Exception as e:

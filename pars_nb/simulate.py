@@ -50,7 +50,7 @@ class Requests(NamedTuple):
     output: np.ndarray  # answer tokens
     score: np.ndarray | None = None  # what the policy is told; NaN: nothing
     priority: np.ndarray | None = None
-    spread: np.ndarray | None = None  # σ of the log length, where the ranker gives one
+    spread: np.ndarray | None = None  # σ of the log length, if the ranker gives one
 
 
 def check(requests: Requests, engine: EngineModel) -> None:

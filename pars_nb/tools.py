@@ -305,7 +305,7 @@ def recorded(trace: Path, limit: int, columns: str | None) -> Any:
 
 
 def watched(url: str, seconds: float, n: int) -> Any:
-    "`requests_from_metrics` of a live server. Raises `DataError` where it does not answer."
+    "`requests_from_metrics` of a live server. Raises `DataError` if it does not answer."
     import time
     import urllib.request
 
