@@ -133,4 +133,4 @@ def load_engine(path: str | Path) -> Calibration:
     try:
         return Calibration(**json.loads(Path(path).read_text()))
     except (OSError, ValueError, TypeError) as e:
-        raise DataError(f"{path}: no engine model in it ({type(e).__name__}); `pars calibrate --out {path}` makes one") from e
+        raise DataError(f"{path} holds no engine model ({type(e).__name__}); `pars calibrate --out {path}` makes one") from e

@@ -100,7 +100,7 @@ def two_prices(text: str | None) -> tuple[float, float] | None:
 
     parts = text.split(",")
     if len(parts) != 2:
-        raise DataError(f"--price {text!r}: give two, of a million prompt tokens and of a million answer tokens, like 0.15,0.60")
+        raise DataError(f"--price {text!r}: give two prices, for a million prompt tokens and a million answer tokens, like 0.15,0.60")
     return float(read_number(parts[0], "the price", "--price")), float(read_number(parts[1], "the price", "--price"))
 
 # %% ../nbs/61_loop.ipynb #files003
@@ -164,7 +164,7 @@ def import_log(
     from pars_nb.logs import read_log
 
     if out is None and not dry_run:
-        raise DataError("give --out, or --dry-run to see what would come")
+        raise DataError("give --out, or --dry-run to see what would be imported")
     names = dict(p.partition("=")[::2] for p in columns.split(",")) if columns else None
     got = read_log(log, format, model, tokenizer, prompts, names, strip=template_off(tokenizer))
     show_imported(got)

@@ -50,7 +50,7 @@ def sizes_of(config: Mapping[str, Any]) -> Sizes:
     c = {**config, **config.get("text_config", {})}
     need = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
     if lacks := [k for k in need if not c.get(k)]:
-        raise DataError(f"this config.json has no {', '.join(lacks)}; give that of a decoder, as Hugging Face has it")
+        raise DataError(f"this config.json has no {', '.join(lacks)}; give a decoder's config.json in Hugging Face's format")
     hidden, layers, heads = c["hidden_size"], c["num_hidden_layers"], c["num_attention_heads"]
     head = c.get("head_dim") or hidden // heads
     kv = 2 * (c.get("num_key_value_heads") or heads) * head
@@ -83,7 +83,7 @@ def preset(gpu: str, config: str | Path, gpus: int = 1, **limits: int) -> Engine
     "The roofline of a GPU that `GPUS` knows and a model's config.json. Raises `DataError`."
     known = {k.lower(): k for k in GPUS}
     if gpu.lower() not in known:
-        raise DataError(f"no data sheet of a {gpu!r}; there are {', '.join(GPUS)}")
+        raise DataError(f"no data sheet for {gpu!r}; there are {', '.join(GPUS)}")
     try:
         sizes = sizes_of(json.loads(Path(config).read_text()))
     except (OSError, ValueError) as e:

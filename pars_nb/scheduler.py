@@ -154,7 +154,7 @@ class TaughtScheduler(OrderedScheduler):
             self.waiting.q.policy = self.policy_now()  # for new requests; waiting ones keep their places
         if self.trust.seen(t.score, length, at):
             self.waiting.q.set_policy(self.policy_now())
-            log.warning("PARS: τ_b of %s and real length is %.2f over the last %d finished; the order is followed by %.0f %%",
+            log.warning("PARS: τ_b of %s and real length is %.2f over the last %d finished requests; the order is followed at %.0f %%",
                         self.foresight.follows, self.trust.tau, len(self.trust.recent), 100 * self.trust.value)
 
     def follow(self) -> None:
@@ -451,7 +451,7 @@ def scorer_of(ranker: Any, score: Callable[[Sequence[str]], np.ndarray], tok: An
         meta = meta.model_copy(update=dict(score_quantiles=[], length_quantiles=[], work_shares=[]))
     log.info("PARS: ranker %s for %s in %s, τ_b %s", cfg.ranker, meta.target_model, ranker.backend, meta.metrics.get("tau_b"))
     if ranker.backend == "torch" and cfg.backend == "auto":
-        log.warning("PARS: the ranker runs in PyTorch, beside the engine on its cores; `pars export` or `pars distill` make it many times cheaper")
+        log.warning("PARS: the ranker runs in PyTorch on the engine's cores; `pars export` or `pars distill` makes it many times cheaper")
 
     def text(ids: list[int]) -> str:
         return turn_of(ids, tok.decode, marks, window=128 * meta.max_length)
