@@ -226,4 +226,4 @@ def _write(ranker: Ranker, new: Path, backends: Sequence[str]) -> None:
         source.unlink()
 
 # %% ../nbs/11_backends.ipynb #eee5ffc5
-__getattr__ = forwards("backends")  # names that stood here in 0.1
+__getattr__ = forwards("backends")  # old names, from 0.1

@@ -19,7 +19,7 @@ from .errors import RankerError, first_line
 
 # %% ../nbs/07_card.ipynb #e02da2b5
 class RankerMeta(BaseModel):
-    "What `pars.json` holds: everything about a ranker but its weights."
+    "What `pars.json` holds: everything about a ranker except its weights."
     encoder: str = ""
     target_model: str = ""  # the LLM whose lengths it learned
     fingerprint: str = ""  # of the training records
@@ -32,7 +32,7 @@ class RankerMeta(BaseModel):
     end_tokens: int = 1  # how many of these come from the prompt's end (1: only the separator, so the ranker reads the prompt's beginning)
     seed: int = 0
     score_quantiles: list[float] = []  # scores of held-out prompts at equally spaced quantiles, ascending
-    length_quantiles: list[float] = []  # their lengths in tokens, likewise
+    length_quantiles: list[float] = []  # their answer lengths in tokens, at the same quantiles
     work_shares: list[float] = []  # share of all answer tokens that belong to prompts scored below each of these quantiles
     metrics: dict[str, float | None] = {}  # on test prompts: `order.ranking_report`
     pars_nb: str = ""  # version that wrote it

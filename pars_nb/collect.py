@@ -504,7 +504,7 @@ async def until_answered(caller: Caller, endpoint: Endpoint, request: Request, r
 
 # %% ../nbs/03_collect.ipynb #542ed783
 def _found_out(endpoint: Endpoint, manner: Manner, e: Refused) -> bool:
-    "Whether the refusal taught how to ask this endpoint (or another request has learnt it meanwhile)."
+    "Whether the refusal taught how to ask this endpoint (or another request has learned it since)."
     if not 400 <= e.status < 500 and e.status != 200:
         return False
     if endpoint.manner == manner:
@@ -592,7 +592,7 @@ class _Tally:
 
 # %% ../nbs/03_collect.ipynb #6adfe9b0
 def _todo(requests: Mapping[str, Request], runs: int, done: set[tuple[str, int]]) -> list[tuple[str, int]]:  # (prompt_id, run)
-    "What is left to ask: run after run in the order of the prompts, but the shortest prompt first."
+    "What is left to ask: run after run in the order of the prompts, except that the shortest prompt is first."
     todo = [(i, run) for run in range(runs) for i in requests if (i, run) not in done]
     shortest = min(todo, key=lambda o: (o[1], _size(requests[o[0]].messages or requests[o[0]].prompt)), default=None)
     return [o for o in todo if o == shortest] + [o for o in todo if o != shortest]
@@ -692,4 +692,4 @@ async def _all_or_first_error(workers: Sequence[Callable[[], Awaitable[None]]]) 
         await asyncio.gather(*tasks, return_exceptions=True)
 
 # %% ../nbs/03_collect.ipynb #65f3d2d6
-__getattr__ = forwards("collect")  # names that stood here in 0.1
+__getattr__ = forwards("collect")  # old names, from 0.1

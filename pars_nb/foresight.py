@@ -100,7 +100,7 @@ class Told(Foresight[K_]):
         return [None if k.given is None else self.table.answer(k.given) if self.table else k.given for k in known]
 
     def ended(self, key: K_, length: int, quantile: float | None = None, cut: bool = False) -> None:
-        "Its answer is complete, with so many tokens; `cut`: it was cut off and would have been longer."
+        "Its answer is complete, after `length` tokens; `cut`: it was cut off and would have been longer."
         known = self.shown.pop(key, None)
         if known is None or known.signals is None or self.start is None or length < 1:
             return

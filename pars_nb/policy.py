@@ -131,4 +131,4 @@ class HRRN:
         return 1 + (now - t.arrival) / (self.s_per_unit * max(1e-9, self.middle if cost is None else cost))
 
 # %% ../nbs/21_policy.ipynb #4cd92c42
-__getattr__ = forwards("policy")  # names that stood here in 0.1
+__getattr__ = forwards("policy")  # old names, from 0.1

@@ -245,4 +245,4 @@ def pull_from_hub(repo: str, revision: str, out: str | Path) -> Path:
     return Path(out)
 
 # %% ../nbs/08_ranker.ipynb #bf6aa9d3
-__getattr__ = forwards("ranker")  # names that stood here in 0.1
+__getattr__ = forwards("ranker")  # old names, from 0.1

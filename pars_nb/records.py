@@ -377,7 +377,7 @@ def split(
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),  # train, validation, test
     seed: int = 0,
 ) -> tuple[list[Record], list[Record], list[Record]]:  # train, validation, test
-    "Split by prompt text: no prompt stands on two sides, whatever its id or model. Raises `DataError` for no records."
+    "Split by prompt text: no prompt is on two sides, whatever its id or model. Raises `DataError` for no records."
     if not records:
         raise DataError("no records to split")
     if any(f < 0 for f in fractions) or abs(sum(fractions) - 1) > 1e-9:

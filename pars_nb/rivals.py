@@ -83,7 +83,7 @@ class TIE:
 
 # %% ../nbs/29_rivals.ipynb #562a40d7
 class Ranked(Protocol):
-    "A policy for an engine that may pause any running request at any token: all requests are ranked anew, smallest first."
+    "A policy for an engine that may pause any running request at any token: all requests are ranked again, smallest first."
 
     def rank(self, t: Ticket, served: float) -> float: ...
 

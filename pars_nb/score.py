@@ -150,4 +150,4 @@ class ScoreThread(Scoring):
         return False
 
 # %% ../nbs/12_score.ipynb #57e6784c
-__getattr__ = forwards("score")  # names that stood here in 0.1
+__getattr__ = forwards("score")  # old names, from 0.1

@@ -214,4 +214,4 @@ def add_routes(app: Any, one: Callable[..., Any], health: Callable[..., Any], me
         return Response(meters.text(), media_type="text/plain; version=0.0.4")
 
 # %% ../nbs/14_server.ipynb #30dd9bdf
-__getattr__ = forwards("server")  # names that stood here in 0.1
+__getattr__ = forwards("server")  # old names, from 0.1

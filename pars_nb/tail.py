@@ -135,7 +135,7 @@ class Tail:
     express: float = 0.0  # costs below this quantile always go first; 0: none
     work: Callable[[float], float] = one  # real work at a quantile of the predicted order, over the mean of all
     max_overtake_s: float = math.inf  # a hard bound: no request is passed by one that arrived more than this later
-    together_s: float = 0.0  # requests within so many seconds count as arrived together: near, and not late
+    together_s: float = 0.0  # requests less than this apart count as arrived together: near, and not late
 
     def __post_init__(self) -> None:
         for name, most in (("tail", math.inf), ("express", 1.0), ("max_overtake_s", math.inf), ("together_s", math.inf)):
@@ -153,7 +153,7 @@ class Tail:
         return 1000 if t.at is None else max(1, round(1000 * self.work(t.at)))
 
     def lane(self, t: Ticket) -> bool:
-        "Does it go before what is late?"
+        "Does it go before late requests?"
         return t.at is not None and t.at < self.express
 
     def late(self, t: Ticket, now: float, since: float) -> bool:  # since: the arrival of the shadow's head

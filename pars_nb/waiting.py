@@ -92,7 +92,7 @@ class Line(Generic[T_]):
             heap.drop(item)
 
     def heaps(self) -> tuple[Any, ...]:
-        "All heaps in which an item may stand."
+        "All heaps that may hold an item."
         return self.keys, self.ages, self.arrivals
 
     def shortest(self) -> T_:
