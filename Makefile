@@ -48,7 +48,7 @@ check: $(VENV)/test.ok  ## notebooks and modules agree; ruff; mypy; the house ru
 
 # notebooks run side by side, each in a kernel of its own; nbdev-test leaves those out that start an engine, because pytest runs them
 test: check  ## all checks, nbdev-test, then every asserting cell as a pytest item
-	nbdev-test --skip-file-re "$$(python tools/engines.py)" --n-workers 2
+	OMP_NUM_THREADS=1 nbdev-test --skip-file-re "$$(python tools/engines.py)" --n-workers 2
 	pytest -q -n 2 --dist loadfile nbs
 
 test-slow: $(VENV)/test.ok  ## the cells that take minutes too

@@ -46,30 +46,30 @@ log = logging.getLogger("vllm.pars_nb")
 
 class PARSConfig(BaseModel, extra="forbid", populate_by_name=True):
     "What `--additional-config '{\"pars\": {…}}'` may hold."
-    ranker: str | None = None  # a folder that `pars train` wrote, or the URL of a `pars score-server`; None: no scores, hence FCFS
+    ranker: str | None = None  # a folder that `pars train` wrote, or the URL of a `pars score-server`; None: only what is learned
     policy: Literal["pars", "fcfs", "sjf", "threshold", "hrrn"] = "pars"
-    tail: float = Field(1.1, ge=0)  # pars: how long a request may wait, in what FCFS makes requests wait now; 0: FCFS and the lane
-    lane: float = Field(0.05, ge=0, le=1, validation_alias=AliasChoices("lane", "express_share"))  # share of the work that always goes ahead
-    together_s: float = Field(0.05, ge=0, allow_inf_nan=False)  # pars: what came within so many seconds came together (more where answers are slow)
-    max_overtake_s: float | None = Field(None, ge=0, allow_inf_nan=False)  # a hard bound: none is passed by one that came later; 0: FCFS
+    tail: float = Field(1.1, ge=0)  # pars: the oldest may wait this many times the wait under FCFS now; 0: FCFS and the lane
+    lane: float = Field(0.05, ge=0, le=1, validation_alias=AliasChoices("lane", "express_share"))  # the shortest with this share of the work go ahead
+    together_s: float = Field(0.05, ge=0, allow_inf_nan=False)  # pars: arrivals this close count as one (more where answers are slow)
+    max_overtake_s: float | None = Field(None, ge=0, allow_inf_nan=False)  # a hard bound: none is passed by one that came that much later; 0: FCFS
     tenants: int = Field(32, ge=0)  # accounts (`vllm_xargs: {"pars_tenant": …}`, else `cache_salt`); the rest share one; 0: one for all
-    slo_ttft_s: float | None = Field(None, gt=0)  # what can still have its first token by then goes first (or `pars_slo_ttft_s` of a request)
-    slo_e2el_s: float | None = Field(None, gt=0)  # the same for its last token (`pars_slo_e2el_s`)
+    slo_ttft_s: float | None = Field(None, gt=0)  # what can still have its first token in time goes first (or a request's `pars_slo_ttft_s`)
+    slo_e2el_s: float | None = Field(None, gt=0)  # the same for the last token (`pars_slo_e2el_s`)
     mode: Literal["on", "shadow"] = "on"  # shadow: serve FCFS, but score and measure
-    min_tau: float = Field(0.15, ge=0, lt=1)  # under this rolling τ_b the order is followed less, under half of it not at all; 0: no guard
-    tau_window: int = Field(256, ge=50)  # finished requests that the rolling τ_b looks at
+    min_tau: float = Field(0.15, ge=0, lt=1)  # below this rolling τ_b the order is followed less, below half of it not at all; 0: always in full
+    tau_window: int = Field(256, ge=50)  # finished requests that the rolling τ_b covers
     prefill_token: float = Field(0.1, ge=0)  # what an uncached prompt token costs, in decode tokens
     spread: Literal["none", "tail", "gittins"] = "none"  # with a ranker of loss `lognormal`: weigh how sure it is
     backend: str = "auto"  # what runs the ranker: torch, onnx, onnx-int8, openvino, openvino-int8; auto: the fastest that agrees
     scorer_threads: int = Field(1, ge=1)  # cores the ranker may take from the engine (exported backends)
-    room: float | None = Field(None, ge=0)  # standard deviations of what is expected that stay free in the KV cache; None: admit as vLLM does
-    use_max_tokens: bool = True  # a request's `max_tokens` caps its score; not where the client forces the length (`ignore_eos`)
+    room: float | None = Field(None, ge=0)  # KV cache kept free, in standard deviations of the expected growth; None: admit as vLLM does
+    use_max_tokens: bool = True  # a request's `max_tokens` caps its score, unless the client forces the length (`ignore_eos`)
     client_scores: bool = False  # let a request bring its score, `vllm_xargs: {"pars_score": 12.5}`, on the ranker's scale
-    max_unscored: int = Field(10_000, ge=1)  # more prompts than this waiting for a score get none
-    learn: bool = True  # learn lengths from what finishes; with a ranker, follow whichever is right more often
+    max_unscored: int = Field(10_000, ge=1)  # most prompts that wait for a score; further ones get none
+    learn: bool = True  # learn lengths from what finishes; with a ranker, follow whichever orders better
     learn_inline: bool = False  # learn in the engine's own loop: only for a nominal clock, where results must repeat
-    state: str | None = None  # folder in which what was learned is kept, and read from at the start
-    log_every_s: float = Field(60.0, gt=0)  # between the log's lines
+    state: str | None = None  # folder that keeps what was learned; read at the start
+    log_every_s: float = Field(60.0, gt=0)  # seconds between log lines
 
 
 def read_config(additional_config: Any) -> PARSConfig:
@@ -82,7 +82,7 @@ def read_config(additional_config: Any) -> PARSConfig:
 
 # %% ../nbs/36_scheduler.ipynb #c1c5aae3
 def make_policy(cfg: PARSConfig, scale: Scale, cost: Cost = by_score, express: Express | None = None, trust: float = 1.0) -> Policy:
-    "The policy that the settings name, followed as far as `trust` goes (0 to 1); at 0 it is FCFS."
+    "The policy that the settings name, its knobs times `trust` (0 to 1); at 0 it is FCFS."
     if cfg.policy == "fcfs":
         return FCFS()
     express, followed = express or Express(cfg.lane), trust if cfg.mode == "on" else 0.0
@@ -105,14 +105,14 @@ def client_score(request: Request) -> float | None:
 
 
 def free_max_tokens(request: Request) -> int | None:
-    "The most tokens that the client allows; None where it forces the length, as benchmarks do, and the bound would give it away."
+    "The most tokens that the client allows; None where it forces the length, as benchmarks do, because the bound would reveal it."
     p = request.sampling_params
     return None if p is None or p.ignore_eos else p.max_tokens
 
 # %% ../nbs/36_scheduler.ipynb #7639f2e0
 @follow_async
 class OrderedScheduler(AsyncScheduler):
-    "vLLM's `AsyncScheduler` over our queue: what finishes teaches it."
+    "vLLM's `AsyncScheduler` over our queue; finished requests teach it."
 
     def __init__(self, *args: Any, **kw: Any) -> None:
         super().__init__(*args, **kw)
@@ -121,7 +121,7 @@ class OrderedScheduler(AsyncScheduler):
             return  # an unknown vLLM: this object is vLLM's own scheduler now
         self.scores = start_scorer(c, self.vllm_config.model_config)
         self.reader, self.foresight = start_learning(self)
-        self.scale = Scale(self.scores.meta.length_quantiles)  # of costs: tokens where there are tables, else scores as they come
+        self.scale = Scale(self.scores.meta.length_quantiles)  # of costs: tokens if there are tables, else the scores
         self.express = Express(c.lane, self.scores.meta.work_shares)
         self.waiting.q.accounts = Accounts(self.express, c.tenants)
         self.trust = Trust(c.min_tau, c.tau_window)
@@ -129,7 +129,7 @@ class OrderedScheduler(AsyncScheduler):
         self.waiting.q.set_policy(self.policy_now())
 
     def policy_now(self) -> Policy:
-        "The policy, as far as what is followed is trusted now."
+        "The policy, at the trust that the followed prediction has now."
         return make_policy(self.pars, self.scale, self.foresight.cost, self.express, self.trust.value)
 
     def _free_request(self, request: Request, *args: Any, **kw: Any) -> Any:
@@ -141,7 +141,7 @@ class OrderedScheduler(AsyncScheduler):
 
 # %% ../nbs/36_scheduler.ipynb #3273b094
 class TaughtScheduler(OrderedScheduler):
-    "What a request that has ended says of the order."
+    "What an ended request says about the order."
 
     def ended(self, request: Request, t: Ticket, length: int, aborted: bool) -> None:
         "Was its place right, how much work do the predicted-shortest hold, and how long are answers of its kind?"
@@ -151,20 +151,20 @@ class TaughtScheduler(OrderedScheduler):
         if at is None or aborted:
             return
         if self.express.seen(at, length + self.pars.prefill_token * t.prefill):
-            self.waiting.q.policy = self.policy_now()  # for those to come; those that wait keep their places
+            self.waiting.q.policy = self.policy_now()  # for new requests; waiting ones keep their places
         if self.trust.seen(t.score, length, at):
             self.waiting.q.set_policy(self.policy_now())
-            log.warning("PARS: τ_b of %s and real length is %.2f over the last %d finished; the order is followed by %.0f %%",
+            log.warning("PARS: τ_b of %s and real length is %.2f over the last %d finished requests; the order is followed at %.0f %%",
                         self.foresight.follows, self.trust.tau, len(self.trust.recent), 100 * self.trust.value)
 
     def follow(self) -> None:
-        "Another candidate is followed: its costs have another scale, and its own trust to earn."
+        "Follow another candidate: its costs have another scale, and it must earn trust anew."
         self.scale, self.trust = Scale(), Trust(self.pars.min_tau, self.pars.tau_window)
         self.waiting.q.policy = self.policy_now()
         log.info("PARS: the order follows %s now", self.foresight.follows)
 
     def take_lengths(self) -> None:
-        "Lengths that are said anew move those that wait, some of them in each step."
+        "New predictions move waiting requests, some in each step."
         q = self.waiting.q
         if self.foresight.poll(lambda: list(q.waiting)):
             self.follow()
@@ -174,7 +174,7 @@ class TaughtScheduler(OrderedScheduler):
 
 # %% ../nbs/36_scheduler.ipynb #a4dacac0
 class AskingScheduler(TaughtScheduler):
-    "Asks the scorer about those that wait, and puts them in their places."
+    "Asks the scorer about waiting requests, and puts them in their places."
     asked: dict[Request, float]  # handed to the scorer, and when
 
     def ended(self, request: Request, t: Ticket, length: int, aborted: bool) -> None:
@@ -193,7 +193,7 @@ class AskingScheduler(TaughtScheduler):
             self.meters.inc("dropped")
 
     def place(self, request: Request) -> None:
-        "Put it where what is known of its length puts it."
+        "Put a request in the place of its predicted length, if there is one."
         if (length := self.foresight.says(request)) is not None:
             self.waiting.q.set_score(request, length)
 
@@ -209,10 +209,10 @@ class AskingScheduler(TaughtScheduler):
 
 # %% ../nbs/36_scheduler.ipynb #c38f0385
 class ShownScheduler(AskingScheduler):
-    "What `/metrics` and the log show, and what the learner hears of those that run; four times a second at most."
+    "What `/metrics` and the log show, and what the learner hears of running requests; four times a second at most."
 
     def count(self, admitted: list[Any], now: float) -> None:
-        "What the step did to those that waited."
+        "Count what the step did to waiting requests."
         q, oldest = self.waiting.q, self.waiting.q.oldest()
         for new in admitted:
             request = self.requests[new.req_id]
@@ -239,7 +239,7 @@ class ShownScheduler(AskingScheduler):
 
 # %% ../nbs/36_scheduler.ipynb #c8a9fa7c
 class ExpectingScheduler(ShownScheduler):
-    "Knows what a request holds of the KV cache, and what is to come."
+    "Knows how much KV cache a request holds, and how much more it will take."
 
     def __init__(self, *args: Any, **kw: Any) -> None:
         self.answers, self.places = Answers(), Scale()  # lengths of what has ended, by place in the predicted order
@@ -257,7 +257,7 @@ class ExpectingScheduler(ShownScheduler):
         self.answers, self.places = Answers(), Scale()
 
     def growth(self, request: Request) -> Growth:
-        "Its tokens, and how many are to come; none where nothing is known."
+        "Its tokens, and how many are to come; none if nothing is known."
         held, so_far = request.num_tokens + self.block_size - 1, request.num_output_tokens
         if request not in self.expected:
             t = self.waiting.q.tickets.get(request)
@@ -272,13 +272,13 @@ class ExpectingScheduler(ShownScheduler):
     def cache_tokens(self) -> float:
         "The size of the KV cache, where blocks that several requests share count as often as they are shared."
         pool, size = self.kv_cache_manager.block_pool, self.block_size
-        there = pool.num_gpu_blocks - 1  # one is no request's
+        there = pool.num_gpu_blocks - 1  # one block belongs to no request
         held = sum(-(-request.num_computed_tokens // size) for request in self.running)
         return size * (there + max(0, held - (there - pool.get_num_free_blocks())))
 
 # %% ../nbs/36_scheduler.ipynb #04d999c9
 class Bound:
-    "vLLM's limit of those that run: while the next one has no room, no more than there are. The limit itself lies in the object's own dict."
+    "vLLM's limit on running requests; while the next one has no room, the number that run. The limit itself stays in the object's `__dict__`."
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
@@ -294,8 +294,8 @@ class Bound:
 
 # %% ../nbs/36_scheduler.ipynb #ddef9b94
 class RoomyScheduler(ExpectingScheduler):
-    "Lets a request in when there is room for what it and those that run will be."
-    ahead: Ahead | None = None  # of the step that is being made
+    "Admits a request when the KV cache has room for it and the running ones at their expected size."
+    ahead: Ahead | None = None  # of the current step
     tokens = math.inf  # of the KV cache in this step
     if "max_num_active_reqs" in names_of(stock(ShownScheduler, False)):  # vLLM 0.31 and later
         max_num_active_reqs = Bound()
@@ -313,7 +313,7 @@ class RoomyScheduler(ExpectingScheduler):
             self.ahead = None
 
     def admits(self) -> bool:
-        "Has the next one room beside those that run? Those that hold blocks while they wait come in as ever."
+        "Does the next request have room beside the running ones? Requests that hold blocks while they wait are always admitted."
         ahead = self.ahead
         if ahead is None or not len(self.waiting.q) or not self.running or getattr(self, "kv_holding_waiting", None):
             return True
@@ -325,7 +325,7 @@ class RoomyScheduler(ExpectingScheduler):
 
 # %% ../nbs/36_scheduler.ipynb #b0873393
 def tenant_of(request: Request) -> str:
-    "On whose account is it? What `vllm_xargs` say (`pars_tenant`), else the cache's salt, else one for all."
+    "The request's account: `pars_tenant` of its `vllm_xargs`, else its cache salt, else one for all."
     extra = request.sampling_params.extra_args if request.sampling_params else None
     return str((extra or {}).get("pars_tenant") or request.cache_salt or "one")
 
@@ -346,7 +346,7 @@ class FairScheduler(RoomyScheduler):
 
     def policy_now(self) -> Policy:
         policy, least = super().policy_now(), self.pars.together_s
-        if least and isinstance(policy, Tail):  # an order of what came while the slowest run costs the tail next to nothing
+        if least and isinstance(policy, Tail):  # reordering arrivals this close costs the tail next to nothing
             policy = replace(policy, together_s=max(least, (self.pars.tail - 1) * self.waiting.q.service.slow()))
         return by_tenant(policy, self.waiting.q.accounts)
 
@@ -359,7 +359,7 @@ class FairScheduler(RoomyScheduler):
         q.service.ended(request, t.at, time.time(), aborted)
 
     def count(self, admitted: list[Any], now: float) -> None:
-        "And when they were let in, and have their first token."
+        "Also note when requests were admitted, and when they had their first token."
         super().count(admitted, now)
         service = self.waiting.q.service
         service.spoke([r for r in service.silent if r.num_output_tokens], now)
@@ -371,14 +371,14 @@ class PARSScheduler(FairScheduler):
     "vLLM's `AsyncScheduler` that serves predicted-short requests first (arXiv 2510.03243), and FCFS where it knows nothing."
 
     def __init__(self, *args: Any, **kw: Any) -> None:
-        self.fresh: list[Request] = []  # came since the last step
+        self.fresh: list[Request] = []  # arrived since the last step
         self.asked: dict[Request, float] = {}  # handed to the scorer, and when
         super().__init__(*args, **kw)
 
     def add_request(self, request: Request) -> None:
         super().add_request(request)
         if request not in self.waiting.q.tickets:
-            return  # a further piece of one that is here already (streaming input)
+            return  # more input of a request that is here already (streaming)
         self.foresight.came(request, self.read(request))
         if self.pars.client_scores and (score := client_score(request)) is not None:
             self.foresight.given(request, score)
@@ -387,7 +387,7 @@ class PARSScheduler(FairScheduler):
         self.fresh.append(request)
 
     def read(self, request: Request) -> Any:
-        "The request's signals; None where nothing is learned or there are no tokens to read."
+        "The request's signals; None if nothing is learned or there are no tokens to read."
         p = request.sampling_params
         if self.reader is None or p is None or not request.prompt_token_ids:
             return None
@@ -438,7 +438,7 @@ def start_scorer(cfg: PARSConfig, model_config: Any) -> Scores:
 
         ranker = open_ranker(str(cfg.ranker), cfg.backend if cfg.spread == "none" else "torch", cfg.scorer_threads)
         score, tok = spread_scores(ranker, cfg.spread), open_tokenizer(model_config)
-    except Exception as e:  # a scheduler that does not start serves nobody
+    except Exception as e:  # a scheduler that does not start serves no request
         log.warning("PARS: no usable ranker, serving %s: %s", "what is learned" if cfg.learn else "FCFS", e)
         return Scores()
     return scorer_of(ranker, score, tok, cfg)
@@ -451,7 +451,7 @@ def scorer_of(ranker: Any, score: Callable[[Sequence[str]], np.ndarray], tok: An
         meta = meta.model_copy(update=dict(score_quantiles=[], length_quantiles=[], work_shares=[]))
     log.info("PARS: ranker %s for %s in %s, τ_b %s", cfg.ranker, meta.target_model, ranker.backend, meta.metrics.get("tau_b"))
     if ranker.backend == "torch" and cfg.backend == "auto":
-        log.warning("PARS: the ranker runs in PyTorch, beside the engine on its cores; `pars export` or `pars distill` make it many times cheaper")
+        log.warning("PARS: the ranker runs in PyTorch on the engine's cores; `pars export` or `pars distill` makes it many times cheaper")
 
     def text(ids: list[int]) -> str:
         return turn_of(ids, tok.decode, marks, window=128 * meta.max_length)
@@ -461,7 +461,7 @@ def scorer_of(ranker: Any, score: Callable[[Sequence[str]], np.ndarray], tok: An
 
 
 def spread_scores(ranker: Any, spread: str) -> Callable[[Sequence[str]], np.ndarray]:
-    "The ranker's scores; with `tail` or `gittins` that of the length which such a cost has (see `cost.Spread`). Raises `RankerError`."
+    "The ranker's scores; with `tail` or `gittins`, of the length that costs as much (see `cost.Spread`). Raises `RankerError`."
     if spread == "none":
         return ranker.score  # type: ignore[no-any-return]
     ranker.spread(["a"])  # raises where it has none
@@ -474,7 +474,7 @@ def spread_scores(ranker: Any, spread: str) -> Callable[[Sequence[str]], np.ndar
 
 # %% ../nbs/36_scheduler.ipynb #f1266778
 def start_learning(scheduler: OrderedScheduler) -> tuple[Reader | None, Switching[Request]]:
-    "What reads a request's signals, and what says its length; no reader where nothing is to be learned."
+    "The reader of a request's signals and the predictor of its length; no reader where nothing is learned."
     c, model = scheduler.pars, scheduler.vllm_config.model_config
     table = scheduler.scores.table
     if not c.learn or c.policy == "fcfs":
@@ -491,7 +491,7 @@ def start_learning(scheduler: OrderedScheduler) -> tuple[Reader | None, Switchin
 
 
 def rank_of(vllm_config: Any) -> tuple[str, str | None]:
-    "The name of the learner's file, and the word by which the ranks of one server find each other; None: it has no other ranks here."
+    "The name of the learner's file, and the word by which the ranks of one server find each other; None: there are no other ranks here."
     parallel = vllm_config.parallel_config
     if parallel.data_parallel_rank_local is None:  # vLLM sets it for ranks that it starts side by side
         return f"rank{parallel.data_parallel_index}", None
@@ -499,7 +499,7 @@ def rank_of(vllm_config: Any) -> tuple[str, str | None]:
 
 
 def token_marks(model_config: Any) -> Marks:
-    "What the chat template puts around a user's turn, as token ids; empty where that can't be found out."
+    "What the chat template puts around a user's turn, as token ids; empty if that can't be found out."
     try:
         return Marks(*mark_ids(open_tokenizer(model_config)))
     except Exception as e:
