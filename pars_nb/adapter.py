@@ -118,9 +118,9 @@ def holds_blocks(request: Any) -> bool:
     "Does the request hold KV blocks while it waits? (Like `Scheduler._holds_kv_blocks` of vLLM 0.31 and later.)"
     return request.num_computed_tokens > 0 or request.status.name == "WAITING_FOR_REMOTE_KVS"
 
-
-class _Skipped(_Part):
-    "`skipped_waiting` up to vLLM 0.30: requests that hold KV blocks go before the part set aside, but not before an earlier one at the head."
+# %% ../nbs/35_adapter.ipynb #ed963f65
+class _Holding(_Part):
+    "The part set aside; requests that hold KV blocks stand in a line of their own, in vLLM's order."
 
     def __init__(self, q: Any, aside: set[Any]) -> None:
         super().__init__(q, aside, True)
@@ -141,6 +141,10 @@ class _Skipped(_Part):
                 self.holders.appendleft(request)
             else:
                 super().add_request(request)
+
+# %% ../nbs/35_adapter.ipynb #2b0f9646
+class _Skipped(_Holding):
+    "`skipped_waiting` up to vLLM 0.30."
 
     def holder_goes(self) -> bool:
         "Is it a holder's turn? Not while the head of the queue is set aside too and came before it: vLLM keeps these in order."
