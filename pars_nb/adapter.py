@@ -118,9 +118,9 @@ def holds_blocks(request: Any) -> bool:
     "Does the request hold KV blocks while it waits? (Like `Scheduler._holds_kv_blocks` of vLLM 0.31 and later.)"
     return request.num_computed_tokens > 0 or request.status.name == "WAITING_FOR_REMOTE_KVS"
 
-
-class _Skipped(_Part):
-    "`skipped_waiting` up to vLLM 0.30: first requests that hold KV blocks, in vLLM's order, then the part set aside."
+# %% ../nbs/35_adapter.ipynb #ed963f65
+class _Holding(_Part):
+    "The part set aside; requests that hold KV blocks stand in a line of their own, in vLLM's order."
 
     def __init__(self, q: Any, aside: set[Any]) -> None:
         super().__init__(q, aside, True)
@@ -142,11 +142,23 @@ class _Skipped(_Part):
             else:
                 super().add_request(request)
 
+# %% ../nbs/35_adapter.ipynb #2b0f9646
+class _Skipped(_Holding):
+    "`skipped_waiting` up to vLLM 0.30."
+
+    def holder_goes(self) -> bool:
+        "Is it a holder's turn? Not while the head of the queue is set aside too and came before it: vLLM keeps these in order."
+        return bool(self.holders) and not (len(self.q) and self._before(self.q.peek(), self.holders[0]))
+
+    def _before(self, request: Any, holder: Any) -> bool:
+        first = (request.priority, request.arrival_time) < (holder.priority, holder.arrival_time)
+        return first and request in self.aside
+
     def peek_request(self) -> Any:
-        return self.holders[0] if self.holders else super().peek_request()
+        return self.holders[0] if self.holder_goes() else super().peek_request()
 
     def pop_request(self) -> Any:
-        return self.holders.popleft() if self.holders else super().pop_request()
+        return self.holders.popleft() if self.holder_goes() else super().pop_request()
 
     def remove_request(self, request: Any) -> None:
         if request in self.holders:
@@ -161,7 +173,13 @@ class _Skipped(_Part):
         return len(self.holders) + super().__len__()
 
     def __iter__(self) -> Iterator[Any]:
-        return iter([*self.holders, *super().__iter__()])
+        holders = deque(self.holders)
+        for request in self.q:
+            while holders and not self._before(request, holders[0]):
+                yield holders.popleft()
+            if request in self.aside:
+                yield request
+        yield from holders
 
 # %% ../nbs/35_adapter.ipynb #777e07b1
 LAYOUTS = [{"waiting"}, {"waiting", "kv_holding_waiting"}, {"waiting", "skipped_waiting"}]
