@@ -10,6 +10,7 @@ __all__ = ['LAYOUTS', 'USED', 'log', 'PolicyRequestQueue', 'admit', 'holds_block
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from typing import Any
 
 from .waiting import Line, PolicyQueue
@@ -267,7 +268,8 @@ def follow_async(cls: type) -> type:
     """Class decorator: with asynchronous scheduling off, the methods that `AsyncScheduler` overrides are those of `Scheduler`, as in stock
     vLLM. Adds the property `is_async`."""
     with_async, without = stock(cls, True), stock(cls, False)
-    cls.is_async = property(is_async)  # type: ignore[attr-defined]
+    cls.is_async = cached_property(is_async)  # type: ignore[attr-defined]
+    cls.is_async.__set_name__(cls, "is_async")  # type: ignore[attr-defined]
     for name, method in vars(with_async).items():
         if with_async is not without and callable(method) and not name.startswith("__") and hasattr(without, name):
             setattr(cls, name, _either(name, with_async, without))

@@ -25,14 +25,20 @@ class Objective(NamedTuple):
 
 def objective_of(extra: Mapping[str, Any] | None, default: Objective = Objective()) -> Objective:
     "The objective in a request's `extra_args`, or the default."
-    told = []
-    for key, otherwise in zip(("pars_slo_ttft_s", "pars_slo_e2el_s"), default, strict=True):
-        try:
-            seconds = float((extra or {})[key])
-        except (KeyError, TypeError, ValueError):
-            seconds = math.nan
-        told.append(seconds if seconds > 0 else otherwise)
-    return Objective(*told)
+    if not extra:
+        return default
+    first, last = (_seconds(extra.get(key)) for key in ("pars_slo_ttft_s", "pars_slo_e2el_s"))
+    return Objective(first or default.ttft_s, last or default.e2el_s)
+
+
+def _seconds(told: Any) -> float | None:  # None: nothing that one can use
+    if told is None:
+        return None
+    try:
+        seconds = float(told)
+    except (TypeError, ValueError):
+        return None
+    return seconds if seconds > 0 else None
 
 # %% ../nbs/26_deadlines.ipynb #906db42b
 class Service(Generic[T_]):
@@ -144,10 +150,10 @@ class DeadlineQueue(Aimed[T_]):
         claim = self.tickets[item].claim
         return 1000 if claim is None else claim.work
 
-    def peek(self) -> T_:
+    def choose(self) -> T_:
         item = self.reachable() if self.aims and self.waiting else None
         if item is None:
-            return super().peek()
+            return super().choose()
         if self.rest.living and self.owed >= self.work(rest := self.rest.first()):
             return rest if self.waiting[rest].priority == self.waiting[item].priority else item
         return item

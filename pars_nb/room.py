@@ -44,6 +44,11 @@ class Ahead:
         total = held.cumsum() + left * np.arange(1, len(rows) + 1) + self.margin * np.sqrt((deviation**2).cumsum())
         return float(total.max(initial=0.0))
 
+    def most(self) -> float:
+        "More than this they never hold, whatever the order in which they end."
+        held, left, deviation = self.rows.T
+        return float(held.sum() + left.sum() + self.margin * deviation.sum())
+
     def fits(self, one: Growth, tokens: float) -> bool:  # tokens: the size of the KV cache
         "May it be admitted? Always, if nothing runs."
         return not len(self) or self.peak(one) <= tokens

@@ -77,10 +77,11 @@ class Line(Generic[T_]):
         self.keys: MovableHeap[T_] = MovableHeap()  # by (priority, front, key, arrival, seq)
         self.ages: MovableHeap[T_] = MovableHeap()  # by (priority, front, arrival, seq)
         self.arrivals: MovableHeap[T_] = MovableHeap()  # by arrival, all classes together
+        self.head: T_ | None = None  # the next item, until something changes
 
     def put(self, item: T_, t: Ticket) -> None:
         "Add an item, or move it."
-        self.waiting[item] = t
+        self.waiting[item], self.head = t, None
         self.keys.put(item, (t.priority, t.front, t.key, t.arrival, t.seq))
         self.ages.put(item, (t.priority, t.front, t.arrival, t.seq))
         self.arrivals.put(item, (t.arrival, t.seq))
@@ -88,6 +89,7 @@ class Line(Generic[T_]):
     def remove(self, item: T_) -> None:
         "Remove an item. Raises KeyError when it does not wait."
         del self.waiting[item]
+        self.head = None
         for heap in self.heaps():
             heap.drop(item)
 
@@ -118,6 +120,14 @@ class Ordered(Line[T_]):
         self.policy: Any = policy
         self.now = -math.inf
         self.shadows: dict[int, Followed] = defaultdict(Followed)  # of each priority class
+
+    @property
+    def now(self) -> float:  # seconds
+        return self._now
+
+    @now.setter
+    def now(self, seconds: float) -> None:
+        self._now, self.head = seconds, None
 
     def put(self, item: T_, t: Ticket) -> None:
         "Add an item, or move it. The key is made once, when the item joins or its score arrives."
@@ -170,6 +180,11 @@ class Headed(Passing[T_]):
 
     def peek(self) -> T_:
         "The next item. Raises IndexError on an empty queue."
+        if self.head is None:
+            self.head = self.choose()
+        return self.head
+
+    def choose(self) -> T_:
         if self.waiting and hasattr(self.policy, "ratio"):
             return min(self.waiting, key=self.place)
         return self.ages.first() if self.waiting and self.elder_goes() else self.shortest()
