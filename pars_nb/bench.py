@@ -39,9 +39,9 @@ CONTROL = "FCFS (our class)"
 
 
 def variants(ranker: str | None, priority: bool = False, **pars: Any) -> dict[str, dict[str, Any]]:
-    """Engine arguments of each queue: stock FCFS, FCFS in our class (the control), PARS that was told nothing and learns while it serves,
-    PARS with the ranker (where there is one), Oracle SJF; and with `priority` vLLM's own priority policy, told each workload's `scores`.
-    `pars` are settings of both PARS."""
+    """Engine arguments of each queue: stock FCFS, FCFS in our class (the control), PARS that is told nothing and learns while it serves,
+    PARS with the ranker (if there is one), Oracle SJF; and with `priority` vLLM's own priority policy, told each workload's `scores`.
+    `pars` are settings of both PARS queues."""
     def ours(**pars: Any) -> dict[str, Any]:
         return dict(scheduler_cls="pars_nb.scheduler.PARSScheduler", additional_config=dict(pars=pars))
 
@@ -64,7 +64,7 @@ class BenchSettings(BaseModel, extra="forbid"):
     tail: float = Field(1.1, ge=0)  # PARS' knobs, see `scheduler.PARSConfig`
     lane: float = Field(0.05, ge=0, le=1)
     max_overtake_s: float | None = Field(None, ge=0)
-    slo_ttft_s: float | None = Field(None, gt=0)  # objectives: PARS is told of them, and `request_goodput` counts what keeps them
+    slo_ttft_s: float | None = Field(None, gt=0)  # objectives: PARS is told of them, and `request_goodput` counts the requests that keep them
     slo_e2el_s: float | None = Field(None, gt=0)
 
     def objectives(self) -> dict[str, Any]:
@@ -202,7 +202,7 @@ def write_results(result: dict[str, Any], runs: Sequence[Run], out: Path) -> Non
 
 # %% ../nbs/52_bench.ipynb #b9865cb0
 def draw_lengths(records: Sequence[Record], path: Path) -> Path:
-    "How long the answers are: what share of the prompts, and of all tokens, lies below each length."
+    "Draw how long the answers are: what share of the prompts, and of all tokens, lies below each length."
     lengths = np.sort([r.mean for r in records])
     share = np.arange(1, len(lengths) + 1) / len(lengths)
     fig, ax = plt.subplots(figsize=(6, 3.2), layout="constrained")

@@ -97,8 +97,8 @@ def _simulated(w: Workload, served: Sequence[Served], m: EngineModel) -> pd.Data
 
 # %% ../nbs/45_calibrate.ipynb #284e5498
 def faster(m: Calibration, run: Callable[[Workload], Sequence[Served]], repeats: int = 3) -> Calibration:
-    "The calibration with the step time of the busy engine: median over repeats."
-    def spell(done: pd.Series) -> float: return float(done.quantile(0.9) - done.quantile(0.1))  # no constant is in it
+    "The calibration with the busy engine's step time, the median over repeats."
+    def spell(done: pd.Series) -> float: return float(done.quantile(0.9) - done.quantile(0.1))  # a constant cancels
     full = []
     for seed in range(repeats):
         w = busy(16 * m.max_num_seqs, seed=seed)
@@ -133,4 +133,4 @@ def load_engine(path: str | Path) -> Calibration:
     try:
         return Calibration(**json.loads(Path(path).read_text()))
     except (OSError, ValueError, TypeError) as e:
-        raise DataError(f"{path}: no engine model in it ({type(e).__name__}); `pars calibrate --out {path}` makes one") from e
+        raise DataError(f"{path} holds no engine model ({type(e).__name__}); `pars calibrate --out {path}` makes one") from e

@@ -29,7 +29,7 @@ def chat_marks(tokenizer: Any) -> Marks:
     try:
         first, tail = _render(tokenizer, "user").split(PROBE + "0")
         after = _render(tokenizer, "user", "assistant", "user").split(PROBE + "1")[1].split(PROBE + "2")[0]
-    except Exception:  # templates are programs; one that refuses our probe is one without marks
+    except Exception:  # templates are programs; one that refuses our probe gives no marks
         return Marks("", "", "")
     head = _common_end(first, after)
     shared = _common_end(head, _after_system(tokenizer) or head)
@@ -43,7 +43,7 @@ def _render(tokenizer: Any, *roles: str, **kw: Any) -> str:
 
 
 def _after_system(tokenizer: Any) -> str | None:
-    "What stands between a system prompt and the first question; None where the template takes no system prompt."
+    "The text between a system prompt and the first question; None if the template takes no system prompt."
     try:
         return _render(tokenizer, "system", "user").split(PROBE + "0")[1].split(PROBE + "1")[0]
     except Exception:
@@ -62,7 +62,7 @@ def _common_end(a: str, b: str) -> str:
 
 
 def last_user_turn(text: str, head: str, tail: str, after: str = "") -> str:
-    "The last user turn of a rendered chat; the whole text where the marks don't appear."
+    "The last user turn of a rendered chat; the whole text if the marks don't appear."
     body = text[: text.rindex(tail)] if tail and tail in text else text
     if after and after in body:
         return body.rsplit(after, 1)[1]
@@ -85,7 +85,7 @@ def turn_of(
     marks: Marks,
     window: int,  # tokens of the end that are decoded first
 ) -> str:
-    "The text of the last user turn. It costs one decoding of `window` tokens, and of all only where the turn is longer."
+    "The text of the last user turn. Decodes `window` tokens, and all of them only if the turn is longer."
     end = decode(ids[-window:])
     if len(ids) > window and not (marks.head and marks.head in end):
         end = decode(ids)

@@ -49,9 +49,9 @@ class Ask(BaseModel, extra="forbid"):
     top_p: float | None = Field(None, gt=0, le=1)
     max_tokens: int | None = Field(None, ge=1)  # longer answers are cut, and marked as capped
     seed: int | None = None  # run r of a prompt is asked with seed + r
-    system: str | None = None  # a system prompt for every chat that brings none
+    system: str | None = None  # a system prompt for every chat without one
     extra_body: dict[str, Any] = Field(default_factory=dict)  # goes into every request as it is
-    stream: bool = False  # ask for a stream; an endpoint that can do nothing else is found out anyway
+    stream: bool = False  # ask for a stream; an endpoint that can only stream is detected anyway
 
     @field_validator("base_url")
     @classmethod
@@ -70,7 +70,7 @@ class Ask(BaseModel, extra="forbid"):
 
 # %% ../nbs/03_collect.ipynb #d9a2f339
 def web_address(url: str) -> str:
-    "The address, stripped. Raises ValueError where it has no http:// or no host."
+    "The address, stripped. Raises ValueError if it has no http:// or no host."
     url = url.strip()
     try:
         parts = httpx.URL(url)
@@ -85,9 +85,9 @@ Prompt: TypeAlias = str | list[dict[str, Any]]
 
 
 def read_prompts(path: str | Path) -> dict[str, Prompt]:  # prompt_id → a text, or a chat as a list of turns
-    """Prompts of a file, duplicates once. Raises `DataError`.
+    """Prompts of a file, without duplicates. Raises `DataError`.
 
-    A .txt holds one a line; .csv, .jsonl, .json and .parquet have `prompt`, `messages` or `conversations`, and maybe `prompt_id`.
+    A .txt file has one prompt per line; .csv, .jsonl, .json and .parquet have `prompt`, `messages` or `conversations`, and maybe `prompt_id`.
     """
     table, ids = load(path), Ids()
     found: dict[str, Prompt] = {}
@@ -109,7 +109,7 @@ def read_prompts(path: str | Path) -> dict[str, Prompt]:  # prompt_id → a text
 
 # %% ../nbs/03_collect.ipynb #e74d9eec
 def sample_prompts(prompts: Mapping[str, Prompt], n: int, seed: int = 0) -> dict[str, Prompt]:
-    "`n` of the prompts, one by chance from each of `n` equal strata of prompt length, in the order of the file."
+    "`n` of the prompts, one at random from each of `n` equal strata of prompt length, in the order of the file."
     if n >= len(prompts):
         return dict(prompts)
     if n < 1:
@@ -126,7 +126,7 @@ def _size(prompt: Any) -> int:
 
 # %% ../nbs/03_collect.ipynb #d4404286
 class Journal:
-    "An append-only `lengths.jsonl`, locked for one writer; `done` holds the (prompt_id, run) it has, `keys` what each id asked."
+    "An append-only `lengths.jsonl`, locked for one writer; `done` holds its (prompt_id, run) pairs, `keys` what each id asked."
 
     def __init__(self, folder: str | Path, ask: Ask) -> None:
         self.folder = Path(folder)
@@ -142,7 +142,7 @@ class Journal:
             raise
 
     def remember(self, manners: dict[str, Any]) -> None:
-        "Write `collect.json`: how it was asked, and what was found out about the endpoints."
+        "Write `collect.json`: the settings, and what was found out about the endpoints."
         text = json.dumps(self.ask.model_dump() | dict(found_out=manners), indent=1) + "\n"
         (self.folder / "collect.part").write_text(text, encoding="utf-8")
         os.replace(self.folder / "collect.part", self.folder / "collect.json")
@@ -158,13 +158,13 @@ class Journal:
                 raise CollectError(f"prompt_id {i!r} stands for another text in {self.folder}; give it another id, or choose another --out")
 
     def append(self, row: dict[str, Any]) -> None:
-        "One answer, on disk when this returns. Raises `CollectError` where the disk takes no more."
+        "One answer, on disk when this returns. Raises `CollectError` when the disk is full."
         try:
             self.file.write(json_line(row))
             self.file.flush()
             os.fsync(self.file.fileno())
         except OSError as e:
-            raise CollectError(f"can't write to {self.folder} ({e.strerror}); {len(self.done)} answers are safe: mend it, go on") from e
+            raise CollectError(f"can't write to {self.folder} ({e.strerror}); {len(self.done)} answers are safe: fix it and run again") from e
         self._note(row)
 
     def close(self) -> None:
@@ -173,7 +173,7 @@ class Journal:
 
 # %% ../nbs/03_collect.ipynb #7d2f1eac
 def _same_settings(folder: Path, ask: Ask) -> dict[str, Any]:
-    "What `collect.json` knows about the endpoints. Raises `CollectError` where it was asked otherwise."
+    "What `collect.json` knows about the endpoints. Raises `CollectError` for other settings."
     path, now = folder / "collect.json", ask.model_dump(exclude={"base_url", "runs", "stream"})
     then = parse_json(path.read_text(encoding="utf-8", errors="replace"), path) if path.exists() else {}
     if not isinstance(then, dict):
@@ -201,7 +201,7 @@ def _locked(folder: Path) -> BinaryIO:
 
 # %% ../nbs/03_collect.ipynb #34cef2e6
 def _recover(file: BinaryIO, note: Callable[[dict[str, Any]], None]) -> None:
-    "Read the journal, note its answers and cut off a line that a crash has torn. Raises `CollectError` for a foreign file."
+    "Read the journal, note its answers and cut off a torn last line. Raises `CollectError` for a foreign file."
     file.seek(0)
     end = 0
     for i, line in enumerate(file, 1):
@@ -251,7 +251,7 @@ def body_of(ask: Ask, request: Request, run: int, manner: Manner) -> bytes:
 
 # %% ../nbs/03_collect.ipynb #f39db913
 def find_out(manner: Manner, reason: str) -> Manner:
-    "What a refusal tells about the endpoint; the same manner where it tells nothing."
+    "What a refusal says about the endpoint; the same manner if it says nothing."
     text = reason.lower()
     if "max_completion_tokens" in text and manner.limit == "max_tokens":
         return Manner("max_completion_tokens", manner.stream, manner.stream_usage)
@@ -278,7 +278,7 @@ class Refused(Exception):
 
     @property
     def kind(self) -> str:
-        "Alike for refusals that differ in numbers and quoted texts only."
+        "The same for refusals that differ only in numbers and quoted texts."
         return f"{self.status} " + re.sub(r"\d+|'[^']*'|\"[^\"]*\"", "#", self.reason)[:150]
 
 
@@ -289,13 +289,13 @@ def error_text(data: Any) -> str | None:
     names = ["error"] if data.get("choices") else ["error", "errors", "detail"]
     error = next((data[k] for k in names if data.get(k)), data if data.get("object") == "error" else None)
     if isinstance(error, dict):
-        raw = error["metadata"].get("raw") if isinstance(error.get("metadata"), dict) else None  # what a router's provider said
+        raw = error["metadata"].get("raw") if isinstance(error.get("metadata"), dict) else None  # the provider's words, behind a router
         error = " ".join(str(o) for o in (error.get("message") or error, error.get("code"), raw) if o)
     return str(error)[:500] if error else None
 
 # %% ../nbs/03_collect.ipynb #44653a0c
 def tokens_of(usage: Any) -> tuple[int, int | None]:  # tokens decoded, tokens of the prompt
-    "Lengths from `usage`, with reasoning that is counted beside. Raises `Refused`."
+    "Lengths from `usage`, including reasoning tokens that are counted apart. Raises `Refused`."
     if not isinstance(usage, dict):
         raise Refused("the answer has no `usage`, so it can't be counted; turn usage on at the endpoint")
     try:
@@ -399,8 +399,8 @@ class Endpoint:
     base_url: str
     manner: Manner
     busy: int = 0  # requests under way
-    not_before: float = 0.0  # it asked for a pause until then
-    back_at: float = 0.0  # it could not be reached, and is left alone until then
+    not_before: float = 0.0  # the endpoint asked for a pause until then
+    back_at: float = 0.0  # the endpoint could not be reached, and is left alone until then
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
@@ -504,7 +504,7 @@ async def until_answered(caller: Caller, endpoint: Endpoint, request: Request, r
 
 # %% ../nbs/03_collect.ipynb #542ed783
 def _found_out(endpoint: Endpoint, manner: Manner, e: Refused) -> bool:
-    "Whether the refusal taught how to ask this endpoint (or another request has learnt it meanwhile)."
+    "Whether the refusal taught how to ask this endpoint (or another request has learned it since)."
     if not 400 <= e.status < 500 and e.status != 200:
         return False
     if endpoint.manner == manner:
@@ -523,7 +523,7 @@ class Patience:
         self.answered, self.alike, self.last = self.answered + 1, 0, ""
 
     def refusal(self, item: tuple[str, int], e: Refused) -> bool:
-        "Note a refusal; True when there is no hope left."
+        "Note a refusal; True when the run should stop."
         self.alike = self.alike + 1 if e.kind == self.last else 1
         self.last = e.kind
         if item == self.canary:
@@ -537,8 +537,8 @@ class Patience:
 @dataclass
 class Collected:
     "What a call of `collect` did."
-    asked: int  # answers that came now
-    resumed: int  # answers that were there before
+    asked: int  # answers of this call
+    resumed: int  # answers from earlier calls
     failed: int  # requests that were refused, see failed.jsonl
     folder: Path
     reasons: dict[str, tuple[int, str]] = field(default_factory=dict)  # kind of refusal → how many, and the first one's words
@@ -592,14 +592,14 @@ class _Tally:
 
 # %% ../nbs/03_collect.ipynb #6adfe9b0
 def _todo(requests: Mapping[str, Request], runs: int, done: set[tuple[str, int]]) -> list[tuple[str, int]]:  # (prompt_id, run)
-    "What is left to ask: run after run in the order of the prompts, but the shortest prompt first."
+    "What is left to ask: run after run in the order of the prompts, except that the shortest prompt is first."
     todo = [(i, run) for run in range(runs) for i in requests if (i, run) not in done]
     shortest = min(todo, key=lambda o: (o[1], _size(requests[o[0]].messages or requests[o[0]].prompt)), default=None)
     return [o for o in todo if o == shortest] + [o for o in todo if o != shortest]
 
 
 async def _ask_pool(pool: Sequence[Endpoint], caller: Caller, tally: _Tally, item: tuple[str, int]) -> None:
-    "Ask one question at one endpoint, or at the next where it can't be reached. Raises `CollectError` when the run has to stop."
+    "Ask one question at one endpoint, or at the next if that can't be reached. Raises `CollectError` when the run has to stop."
     tried: dict[str, str] = {}
     while len(tried) < len(pool):
         here = [e for e in pool if e.back_at <= time.monotonic()]
@@ -617,7 +617,7 @@ async def _ask_pool(pool: Sequence[Endpoint], caller: Caller, tally: _Tally, ite
 
 # %% ../nbs/03_collect.ipynb #3ff0a768
 class _Failures:
-    "failed.jsonl: the questions that have no answer. Those asked again now leave it."
+    "failed.jsonl: the questions without an answer. A question that is asked again is taken out."
 
     def __init__(self, path: Path, again: set[tuple[str, int]]) -> None:
         self.path = path
@@ -632,7 +632,7 @@ class _Failures:
 # %% ../nbs/03_collect.ipynb #d3b4f31e
 async def collect(
     prompts: Mapping[str, Prompt],  # prompt_id → a text, or a chat as a list of turns
-    out: str | Path,  # folder; one that holds answers is continued
+    out: str | Path,  # folder; if it holds answers, the run goes on from there
     ask: Ask,
     api_key: str = "-",
     concurrency: int = 32,  # requests under way at once, over all endpoints
@@ -692,4 +692,4 @@ async def _all_or_first_error(workers: Sequence[Callable[[], Awaitable[None]]]) 
         await asyncio.gather(*tasks, return_exceptions=True)
 
 # %% ../nbs/03_collect.ipynb #65f3d2d6
-__getattr__ = forwards("collect")  # names that stood here in 0.1
+__getattr__ = forwards("collect")  # old names, from 0.1

@@ -42,7 +42,7 @@ def show_version(wanted: bool) -> None:
 
 @app.callback()
 def main(
-    version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="For a bug report.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the versions for a bug report.")] = False,
 ) -> None:
     "Options that stand before any command."
 
@@ -66,7 +66,7 @@ def clear_errors(f: Callable) -> Callable:
 
 
 def quiet_transformers() -> None:
-    "Its bars for loading and saving a file of a few megabytes hide ours."
+    "Silence transformers: its bars for loading and saving small files hide ours."
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -74,7 +74,7 @@ def quiet_transformers() -> None:
 
 # %% ../nbs/60_console.ipynb #6eeb3fec
 Data = Annotated[Path, typer.Option(help="Recorded lengths: .parquet, .jsonl, or a folder that `pars collect` wrote.")]
-Target = Annotated[str | None, typer.Option(help="The LLM whose lengths to take, where the file holds several.")]
+Target = Annotated[str | None, typer.Option(help="The LLM whose lengths to take, if the file holds several.")]
 Folder = Annotated[Path, typer.Option(help="Folder that `pars train` wrote.")]
 
 # %% ../nbs/60_console.ipynb #48fcae36

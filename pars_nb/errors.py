@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 # %% ../nbs/00_errors.ipynb #9051863c
 class ParsError(Exception):
-    "What a user can mend; the message says what is wrong and what to do."
+    "A mistake that a user can fix; the message says what is wrong and what to do."
 
 
 class DataError(ParsError, ValueError):
@@ -19,7 +19,7 @@ class DataError(ParsError, ValueError):
 
 
 class CollectError(ParsError, RuntimeError):
-    "Collecting stopped; what came so far is on disk, and the message says how to go on."
+    "Collecting stopped; the answers so far are on disk, and the message says how to go on."
 
 
 class RankerError(ParsError, ValueError):

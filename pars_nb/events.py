@@ -38,18 +38,18 @@ class Limits(NamedTuple):
 
 
 class Given(NamedTuple):
-    "What arrives, and what the policy says of it: arrays of shape (n,), in order of arrival."
+    "What arrives, and what the policy says about it: arrays of shape (n,), in order of arrival."
     arrival: Floats  # seconds
     prompt: Ints  # tokens
     output: Ints  # tokens
     key: Floats  # the smallest is served first
     priority: Ints  # the smallest is served first, above any key
-    due: Floats  # seconds; from then on it goes before all that are not due. Empty: the policy has no such rule
+    due: Floats  # seconds; from then on it goes before requests that are not due. Empty: the policy has no such rule
     service: Floats  # seconds; the order is by (wait + service) / service. Empty: the order is by key
-    claim: Ints  # work in the shadow of first come, first served (see `tail`). Empty: the policy has no such rule
-    lane: Bools  # goes before what is late. Empty: as `claim`
+    claim: Ints  # work in the tail rule's shadow. Empty: the policy has no such rule
+    lane: Bools  # goes before late requests. Empty: as `claim`
     tail: Floats  # `tail`, `max_overtake_s` and `together_s` of such a policy
-    answer: Floats  # expected tokens; NaN: not known. Empty: what comes in is not looked at (see `room`)
+    answer: Floats  # expected tokens; NaN: not known. Empty: admission does not look ahead (see `room`)
     unsure: Floats  # their relative standard deviation. Empty: as `answer`
     margin: float  # how many standard deviations are kept free
 
@@ -66,9 +66,9 @@ class Queues(NamedTuple):
     tail: Ints
     preempted: Ints  # the top of the stack
     shadow: Ints  # (queues, classes): whose turn it would be under first come, first served
-    credit: Ints  # (queues, classes): work let in that the shadow has not served yet
-    limit: Ints  # (queues, classes): the first in the line that came too late to go ahead freely
-    beyond: Ints  # (queues, classes): work let in from there on, but for the lane
+    credit: Ints  # (queues, classes): admitted work that the shadow has not served yet
+    limit: Ints  # (queues, classes): the first in line that came too late to go ahead freely
+    beyond: Ints  # (queues, classes): work admitted from there on, without the lane's
     waiting: Ints  # (queues, classes): work that waits
 
 
@@ -79,7 +79,7 @@ class Progress(NamedTuple):
     target: Ints  # tokens to compute before the next one can be generated
     held: Ints  # KV blocks
     chunk: Ints  # tokens computed in the next step
-    replica: Ints  # the one that admitted it last; before that, the one that it was routed to
+    replica: Ints  # the one that admitted it last; before that, the one it was routed to
     start: Floats  # seconds: first admission
     first: Floats  # seconds: first token
     last: Floats  # seconds: last token
@@ -93,8 +93,8 @@ class Replicas(NamedTuple):
     clock: Floats  # seconds: where its plan begins
     load: Ints  # requests routed to it and not finished
     work: Floats  # the predicted work of these
-    longest: Ints  # (replicas, max_num_seqs + 1): those that run and the next one, by what is to come
-    left: Floats  # the same shape: how many tokens that is
+    longest: Ints  # (replicas, max_num_seqs + 1): running requests and the next one, by tokens to come
+    left: Floats  # the same shape: those tokens
 
 
 class Plan(NamedTuple):
@@ -268,7 +268,7 @@ def _put_back(world, queue, request):
 # %% ../nbs/42_events.ipynb #8c43fa1a
 @compiled
 def _root(world, queue):
-    "The first of the heap, the dead swept away; −1 for none."
+    "The first of the heap, after removing the dead; −1 for none."
     queues = world.queues
     while queues.root[queue] >= 0 and queues.taken[queues.root[queue]]:
         dead = queues.root[queue]
@@ -290,7 +290,7 @@ def _oldest(world, queue, priority):
 
 @compiled
 def _best_ratio(world, queue, oldest, now):
-    "The one of its class that has waited longest in terms of its service."
+    "The request of the class that has waited longest relative to its service time."
     given, queues = world.given, world.queues
     best, highest, request = oldest, -1.0, oldest
     while request >= 0:
@@ -313,7 +313,7 @@ def _join_shadow(world, queue, request):
 
 @compiled
 def _take_from_shadow(world, queue, request):
-    "It is let in: the shadow may serve as much."
+    "The request is admitted, so the shadow may serve as much work."
     queues, given, priority = world.queues, world.given, world.given.priority[request]
     queues.credit[queue, priority] += given.claim[request]
     queues.waiting[queue, priority] -= given.claim[request]
@@ -336,14 +336,14 @@ def _shadow_head(world, queue, priority):
 
 @compiled
 def _is_beyond(world, queue, request):
-    "Is it none of those that may go ahead freely?"
+    "Did it arrive too late to go ahead freely?"
     limit = world.queues.limit[queue, world.given.priority[request]]
     return limit >= 0 and request >= limit
 
 
 @compiled
 def _set_limit(world, queue, priority, arrival):
-    "Those of the class that came until then may go ahead freely."
+    "Requests of the class that arrived until then may go ahead freely."
     given, queues = world.given, world.queues
     request = queues.limit[queue, priority]
     while request >= 0 and (given.priority[request] != priority or given.arrival[request] <= arrival):
@@ -354,7 +354,7 @@ def _set_limit(world, queue, priority, arrival):
 
 # %% ../nbs/42_events.ipynb #5d0a7a12
 @compiled
-def _elder_goes(world, queue, root, oldest, now):
+def _oldest_goes(world, queue, root, oldest, now):
     "Does the oldest go before the root, by the tail rule?"
     given, priority, queues = world.given, world.given.priority[root], world.queues
     tail, most, together = given.tail
@@ -385,7 +385,7 @@ def _peek(world, queue, now):
     oldest = _oldest(world, queue, priority[root])
     if world.given.service.size:
         return _best_ratio(world, queue, oldest, now)
-    goes = world.given.due[oldest] <= now if world.given.due.size else _elder_goes(world, queue, root, oldest, now)
+    goes = world.given.due[oldest] <= now if world.given.due.size else _oldest_goes(world, queue, root, oldest, now)
     return oldest if goes else root
 
 
@@ -456,14 +456,14 @@ _outlived = compiled(outlived)
 
 @compiled
 def _left(world, request):
-    "Tokens of its answer that are to come; 0 where nothing is known."
+    "Tokens of its answer that are to come; 0 if nothing is known."
     answer, generated = world.given.answer[request], world.progress.generated[request]
     return 0.0 if np.isnan(answer) else _outlived(answer, float(generated)) - generated
 
 
 @compiled
 def _line_up(world, replica, request):
-    "Sort those that run, and one more, by what is to come, the longest first."
+    "Sort the running requests and one more by the tokens to come, the longest first."
     replicas, last = world.replicas, world.replicas.occupied[replica]
     for slot in range(last + 1):
         one = replicas.running[replica, slot] if slot < last else request
@@ -477,7 +477,7 @@ def _line_up(world, replica, request):
 
 @compiled
 def _has_room(world, replica, request):
-    "Is there room for what it will be, beside what those that run will be? (As `room.Ahead.fits`.)"
+    "Is there room for what it and the running requests will hold? (As `room.Ahead.fits`.)"
     given, replicas, engine, held, variance = world.given, world.replicas, world.engine, 0.0, 0.0
     if not given.answer.size or replicas.occupied[replica] == 0 or np.isnan(given.answer[request]):
         return True
@@ -493,7 +493,7 @@ def _has_room(world, replica, request):
 # %% ../nbs/42_events.ipynb #48bf4538
 @compiled
 def _seat(world, replica, request, tokens, blocks):
-    "The request runs from now on, and computes so many tokens in its first step."
+    "The request runs from now on, and computes `tokens` in its first step."
     replicas, progress = world.replicas, world.progress
     if progress.generated[request] == 0 and np.isnan(progress.start[request]):
         progress.start[request] = replicas.clock[replica]
@@ -508,7 +508,7 @@ def _seat(world, replica, request, tokens, blocks):
 
 @compiled
 def _count_for(world, replica, request):
-    "It is this replica's load from now on, wherever it was routed to."
+    "It counts as this replica's load from now on, wherever it was routed."
     replicas, work, before = world.replicas, _predicted_work(world.given, request), world.progress.replica[request]
     if before >= 0:
         replicas.load[before] -= 1
@@ -520,7 +520,7 @@ def _count_for(world, replica, request):
 
 @compiled
 def _admit(world, replica, queue, budget):
-    "The next request comes in while there is room."
+    "Admit requests while there is room."
     engine, replicas = world.engine, world.replicas
     while budget > 0 and replicas.occupied[replica] < engine.max_num_seqs:
         request = _peek(world, queue, replicas.clock[replica])
@@ -537,7 +537,7 @@ def _admit(world, replica, queue, budget):
 # %% ../nbs/42_events.ipynb #748328de
 @compiled
 def _fits(world, replica, steps):
-    "Are there blocks for so many steps of decoding?"
+    "Are there blocks for this many steps of decoding?"
     replicas, progress, blocks = world.replicas, world.progress, 0
     for slot in range(replicas.occupied[replica]):
         request = replicas.running[replica, slot]
@@ -582,14 +582,14 @@ def _until_one_ends(world, replica):
 # %% ../nbs/42_events.ipynb #cfb143cd
 @compiled
 def _duration(world, replica, steps):
-    "T(k): seconds of so many steps of decoding."
+    "T(k): seconds that k steps of decoding take."
     plan, running = world.plan, world.replicas.occupied[replica]
     return steps * plan.step_s[replica] + world.engine.kv_s * (steps * plan.context[replica] + running * steps * (steps - 1) / 2)
 
 
 @compiled
 def _schedule(world, replica, steps):
-    "The plan ends after so many steps. Events of its former end are void."
+    "The plan ends after `steps`. Events of its former end are void."
     plan = world.plan
     plan.steps[replica] = steps
     plan.end[replica] = world.replicas.clock[replica] + _duration(world, replica, steps)

@@ -36,18 +36,18 @@ class Target:
 
     @property
     def name(self) -> str:
-        "Of the version; another server's, or an earlier one's, is another."
+        "Of the version; no other server or run uses the same."
         return f"{self.begun}-{self.version}"
 
 # %% ../nbs/38_hub.ipynb #665f022e
 class Hub:
-    "What `/observe` leads to. Of several threads; each call is short."
+    "What `/observe` calls, from several threads; each call is short."
 
     def __init__(
         self,
         state: str | Path | None = None,  # folder of the tables, a file for each target; None: they are not kept
         most_targets: int = 8,
-        share: float = 0.25,  # of one core that fits may take, of each target
+        share: float = 0.25,  # of one core that the fits of each target may take
     ) -> None:
         self.state, self.most_targets, self.share, self.lock = state, most_targets, share, threading.Lock()
         self.targets: OrderedDict[str, Target] = OrderedDict()
@@ -71,7 +71,7 @@ class Hub:
         return self.targets[target]
 
     def close(self) -> None:
-        "Keep what was learned."
+        "Write what was learned, and stop the learners."
         with self.lock:
             for t in self.targets.values():
                 t.learner.close()

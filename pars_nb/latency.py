@@ -25,7 +25,7 @@ class Served(BaseModel, frozen=True):
     last: float  # last token
     output_tokens: int
     prompt_tokens: int = 0
-    score: float | None = None  # the ranker's, where there was one
+    score: float | None = None  # the ranker's, if there was one
 
 
 def latencies(served: Sequence[Served]) -> "pd.DataFrame":
@@ -41,7 +41,7 @@ def latencies(served: Sequence[Served]) -> "pd.DataFrame":
 
 # %% ../nbs/40_latency.ipynb #b0cfdc0b
 def met(d: "pd.DataFrame", slo_ttft_s: float | None = None, slo_e2el_s: float | None = None) -> "pd.Series":  # bool, a row per request
-    "Which of these `latencies` keep the objectives; None: there is no such objective."
+    "Which rows of `latencies` keep the objectives; None: no such objective."
     return (d.ttft <= 1e3 * (slo_ttft_s or math.inf)) & (d.e2el <= 1e3 * (slo_e2el_s or math.inf))
 
 
@@ -51,7 +51,7 @@ def summarise(
     slo_e2el_s: float | None = None,  # seconds to the last
 ) -> dict[str, float]:
     """The keys of `vllm bench serve` (`mean_ttft_ms`, `p99_e2el_ms`, `output_throughput`, …), and `…_ntpot_ms`. `request_goodput`, the
-    requests a second that keep the objectives, is there where one is given."""
+    requests a second that keep the objectives, is there if an objective is given."""
     d = latencies(served)
     span = max(s.last for s in served) - min(s.arrival for s in served)
     out_tokens, in_tokens = sum(s.output_tokens for s in served), sum(s.prompt_tokens for s in served)

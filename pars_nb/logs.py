@@ -26,12 +26,12 @@ from .records import Request, as_request, count_tokens, ending, prompt_id, read_
 
 # %% ../nbs/04_logs.ipynb #c69ec073
 class Skip(Exception):
-    "An entry that can't be used; its text is the reason, and is counted."
+    "An entry that can't be used; its text is the reason, which is counted."
 
 
 @dataclass
 class Entry:
-    "What one logged answer tells."
+    "What a log says about one answer."
     id: str = ""  # the log's id for the request
     request: Request | None = None
     model: str = ""
@@ -68,7 +68,7 @@ def count_or_none(value: Any) -> int | None:
 
 
 def asked(value: Any) -> Request | None:
-    "What was asked, from a text, a list of turns, or an object that holds `messages` or `prompt`; None where that is not to be seen."
+    "What was asked, from a text, a list of turns, or an object that holds `messages` or `prompt`; None if there is none."
     if isinstance(value, dict):
         value = pick(value, "messages", "prompt", "input") if "role" not in value else [value]
     if isinstance(value, list) and value and all(isinstance(t, str) for t in value):
@@ -119,7 +119,7 @@ def from_answer(body: Any, max_tokens: int | None = None) -> Entry:
 
 # %% ../nbs/04_logs.ipynb #433d8fb8
 def read_batch(values: dict[str, Any]) -> Iterator[Entry]:
-    "A line of a batch output. It does not hold what was asked: that is in the batch's input, by `custom_id`."
+    "A line of a batch output. The question is not in it but in the batch's input file, under the same `custom_id`."
     response, result = nested(values.get("response")), nested(values.get("result"))
     if isinstance(result, dict):  # Anthropic
         if not isinstance(result.get("message"), dict):
@@ -167,7 +167,7 @@ def limit_in(settings: Any) -> int | None:
 
 # %% ../nbs/04_logs.ipynb #af41ee5c
 def read_openrouter(values: dict[str, Any]) -> Iterator[Entry]:
-    "A generation's metadata, or a row of the activity export. Neither holds what was asked."
+    "A generation's metadata, or a row of the activity export. Neither holds the question."
     values = values["data"] if isinstance(values.get("data"), dict) else values
     if str(values.get("cancelled")).lower() in ("true", "1"):
         raise Skip("cancelled")
@@ -258,7 +258,7 @@ def _otel_request(a: Mapping[str, Any]) -> Request | None:
 
 # %% ../nbs/04_logs.ipynb #4a8d528c
 def read_langfuse(values: dict[str, Any]) -> Iterator[Entry]:
-    "An observation, or a trace with its observations. Reasoning stands beside `output` in the usage, so all outputs are added."
+    "An observation, or a trace with its observations. Usage counts reasoning beside `output`, so all outputs are added."
     inner = nested(values.get("observations"))
     if isinstance(inner, list) and any(isinstance(o, dict) for o in inner):
         for o in inner:
@@ -281,13 +281,13 @@ def read_langfuse(values: dict[str, Any]) -> Iterator[Entry]:
 
 
 def _added(usage: Any, start: str, other: str) -> int | None:
-    "The sum of the counts whose names begin so; None where there is none."
+    "The sum of the counts whose names begin with `start` or equal `other`; None if there is none."
     counts = [count_or_none(v) for k, v in usage.items() if k.lower().startswith(start) or k == other] if isinstance(usage, dict) else []
     return sum(n for n in counts if n is not None) if counts else None
 
 # %% ../nbs/04_logs.ipynb #3e4acdc4
 def read_conversation(values: dict[str, Any]) -> Iterator[Entry]:
-    "Each answer of a conversation with what stood before it; its tokens have to be counted."
+    "Each answer of a conversation, with the turns before it; its tokens have to be counted."
     pairs = (
         [("conversation_a", "model_a"), ("conversation_b", "model_b")]
         if "conversation_a" in values
@@ -311,7 +311,7 @@ def read_conversation(values: dict[str, Any]) -> Iterator[Entry]:
 
 # %% ../nbs/04_logs.ipynb #3c6f458a
 def read_bench(values: dict[str, Any]) -> Iterator[Entry]:
-    "A result of `vllm bench serve --save-detailed`. It does not hold what was asked; the order is that of its data set."
+    "A result of `vllm bench serve --save-detailed`. The questions are not in it; the order is that of its data set."
     lists = {k: v for k in ("input_lens", "output_lens", "start_times", "errors") if isinstance(v := values.get(k), list)}
     n = len(lists.get("output_lens", []))
 
@@ -365,7 +365,7 @@ def read_vllm(lines: Iterable[Row]) -> Iterator[Entry]:
 
 # %% ../nbs/04_logs.ipynb #3f7fa640
 class LogFormat(NamedTuple):
-    "A kind of log: how its rows look, and how one is read."
+    "A kind of log: how to recognize a row, and how to read it."
     name: str
     knows: Callable[[dict[str, Any]], bool]
     read: Callable[[dict[str, Any]], Iterator[Entry]]
@@ -421,7 +421,7 @@ NAMES = [f.name for f in FORMATS] + ["vllm-log", "table"]
 
 
 def format_of(rows: Sequence[Any], at: str) -> LogFormat:
-    "The first format that knows most of these rows. Raises `DataError` where none knows half of them."
+    "The format that knows most of these rows, the first one on a tie. Raises `DataError` if none knows half of them."
     known = {f: sum(isinstance(r, dict) and f.knows(r) for r in rows) for f in FORMATS}
     best = max(known, key=lambda f: known[f])
     if not rows or known[best] * 2 < len(rows):
@@ -437,7 +437,7 @@ class Imported:
     format: str
     rows: list[dict[str, Any]]  # in long format, as `pars collect` writes them
     dropped: Counter[str] = field(default_factory=Counter)  # why → how many
-    unsure: int = 0  # rows that don't say how they ended
+    unsure: int = 0  # answers that don't say how they ended
 
     def __str__(self) -> str:
         models = Counter(r["model"] for r in self.rows)
@@ -445,7 +445,7 @@ class Imported:
         return f"{self.format}: {len(self.rows):,} answers of {', '.join(f'{m} ({n:,})' for m, n in models.most_common(5))}{left}"
 
     def write(self, folder: str | Path) -> Path:
-        "lengths.jsonl in a folder that has none. Raises `DataError` where it has one."
+        "Write lengths.jsonl. Raises `DataError` if the folder has one already."
         path = Path(folder) / "lengths.jsonl"
         if path.exists() and path.stat().st_size:
             raise DataError(f"{path} is there already; choose another --out")
@@ -515,14 +515,14 @@ def _entries(path: Path, format: str | None, names: Mapping[str, str] | None, dr
 # %% ../nbs/04_logs.ipynb #858dee29
 def read_log(
     path: str | Path,
-    format: str | None = None,  # one of NAMES; by default its content tells
-    model: str | None = None,  # who answered, where the log does not say
+    format: str | None = None,  # one of NAMES; None: the content decides
+    model: str | None = None,  # the LLM that answered, if the log does not say
     tokenizer: Any = None,  # counts answers that were logged as text only
-    prompts: str | Path | None = None,  # what was asked, where the log holds no prompts: joined by id (a batch's input file)
+    prompts: str | Path | None = None,  # the questions, if the log holds none: joined by id (a batch's input file)
     names: Mapping[str, str] | None = None,  # `prompt`, `model`, `tokens` … → column, for a table of another format
     strip: Callable[[str], str] | None = None,  # takes the last user turn out of a rendered chat
 ) -> Imported:
-    "Lengths from a log. Raises `DataError` where it is none that we know, or where nothing in it can be used."
+    "Lengths from a log. Raises `DataError` for an unknown format, or if nothing in it can be used."
     path, dropped = Path(path), Counter[str]()
     kind, entries = _entries(path, format, names, dropped)
     _join(entries, prompts, kind)
@@ -537,15 +537,15 @@ def read_log(
 
 # %% ../nbs/04_logs.ipynb #abb89008
 def _join(entries: Sequence[Entry], prompts: str | Path | None, kind: str) -> None:
-    "Give entries what they were asked, by id, or by their place in the file where they have none."
+    "Give entries their questions, by id, or by their place in the file if they have no ids."
     if prompts is None:
         return
     rows = list(load(prompts).rows)
     found = [asked(r.values) if isinstance(r.values, str) else read_request(r) for r in rows]
     if kind == "vllm-bench":
         if len(found) != len(entries):
-            raise DataError(f"{Path(prompts).name} holds {len(found)} prompts, and the log {len(entries)} answers: joined by order, "
-                            "they must be as many")
+            raise DataError(f"{Path(prompts).name} holds {len(found)} prompts, and the log {len(entries)} answers; they are "
+                            "joined by order, so the numbers must be equal")
         ids = {e.id: r for e, r in zip(entries, found, strict=True)}
     else:
         pairs = [(r, q) for r, q in zip(rows, found, strict=True) if q and isinstance(r.values, dict)]
@@ -555,7 +555,7 @@ def _join(entries: Sequence[Entry], prompts: str | Path | None, kind: str) -> No
 
 
 def _count(entries: Sequence[Entry], tokenizer: Any) -> str:
-    "Count answers that are there as text only; the counter's name."
+    "Count the tokens of answers logged as text only; returns the counter's name."
     todo = [e for e in entries if e.tokens is None and e.answer is not None]
     if not todo or tokenizer is None:
         return ""

@@ -31,25 +31,25 @@ def collect(
     base_url: Annotated[list[str], typer.Option(help="An OpenAI-compatible endpoint, e.g. http://localhost:8000/v1; several make a pool.")],
     model: Annotated[str, typer.Option(help="The model's name at the endpoint.")],
     prompts: Annotated[Path, typer.Option(help=".txt (one a line), .csv, .jsonl, .json or .parquet with `prompt`, `messages` or `conversations`.")],
-    out: Annotated[Path, typer.Option(help="Folder for lengths.jsonl; one that has answers is continued.")],
+    out: Annotated[Path, typer.Option(help="Folder for lengths.jsonl; if it has answers, they are kept and the rest is asked.")],
     runs: Annotated[int, typer.Option(help="Answers per prompt; several show how much lengths vary.")] = 1,
-    sample: Annotated[int | None, typer.Option(help="Ask only so many of the prompts, drawn evenly over prompt lengths.")] = None,
+    sample: Annotated[int | None, typer.Option(help="Ask only this many prompts, drawn evenly over prompt lengths.")] = None,
     api: Annotated[str, typer.Option(help="chat or completions")] = "chat",
     system: Annotated[str | None, typer.Option(help="System prompt for chats that bring none.")] = None,
     extra_body: Annotated[str | None, typer.Option(help="JSON for every request, e.g. '{\"top_k\": 20}'.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="Not sent where not given, like the next three.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Sent only if given, like the next three.")] = None,
     top_p: float | None = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longer answers are cut, and marked as capped.")] = None,
     seed: int | None = None,
-    stream: Annotated[bool, typer.Option(help="Ask for streams; found out where it must be.")] = False,
+    stream: Annotated[bool, typer.Option(help="Ask for streams; turned on by itself if the endpoint requires it.")] = False,
     concurrency: Annotated[int, typer.Option(help="Requests under way at once.")] = 32,
-    timeout: Annotated[float, typer.Option(help="Seconds that an answer may take.")] = 600.0,
-    price: Annotated[str | None, typer.Option(help="Of a million prompt tokens and of a million answer tokens, e.g. 0.15,0.60.")] = None,
-    ray: Annotated[bool, typer.Option("--ray", help="Spread it over a Ray cluster: RAY_ADDRESS's, or one on this machine.")] = False,
+    timeout: Annotated[float, typer.Option(help="Most seconds that an answer may take.")] = 600.0,
+    price: Annotated[str | None, typer.Option(help="Price of a million prompt tokens and of a million answer tokens, e.g. 0.15,0.60.")] = None,
+    ray: Annotated[bool, typer.Option("--ray", help="Spread the work over a Ray cluster: the one at RAY_ADDRESS, or one on this machine.")] = False,
     workers: Annotated[int, typer.Option(help="With --ray: collectors at once, each with --concurrency requests under way.")] = 4,
     api_key: Annotated[str, typer.Option(envvar="OPENAI_API_KEY", show_default=False)] = "-",
 ) -> None:
-    """Ask an LLM and write down how long its answers are. Stop it and start it again as you like.
+    """Ask an LLM and record how long its answers are. You can stop it and start it again at any time.
 
     [dim]pars collect --base-url http://localhost:8000/v1 --model my-llm --prompts prompts.txt --runs 2 --out runs/lengths[/]
     """
@@ -100,7 +100,7 @@ def two_prices(text: str | None) -> tuple[float, float] | None:
 
     parts = text.split(",")
     if len(parts) != 2:
-        raise DataError(f"--price {text!r}: give two, of a million prompt tokens and of a million answer tokens, like 0.15,0.60")
+        raise DataError(f"--price {text!r}: give two prices, for a million prompt tokens and a million answer tokens, like 0.15,0.60")
     return float(read_number(parts[0], "the price", "--price")), float(read_number(parts[1], "the price", "--price"))
 
 # %% ../nbs/61_loop.ipynb #files003
@@ -122,7 +122,7 @@ def on_ray(*args: Any, **kw: Any) -> Any:
 
 
 def collect_all(prompts: dict[str, Any], out: Path, ask: Any, price: tuple[float, float] | None = None, **kw: Any) -> None:
-    "Run the collector and say what came of it; Ctrl-C ends it in a sentence."
+    "Run the collector and print what came; Ctrl-C ends it with one sentence."
     try:
         r = on_ray(prompts, out, ask, **kw) if "workers" in kw else here(prompts, out, ask, price=price, **kw)
     except KeyboardInterrupt as e:
@@ -149,11 +149,11 @@ def import_log(
     log: Annotated[Path, typer.Argument(help="Batch output, spend log, spans, conversations, a server's log.")],
     out: Annotated[Path | None, typer.Option(help="Folder for lengths.jsonl.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Only show the first five answers as they were understood.")] = False,
-    format: Annotated[str | None, typer.Option(help="Where the content does not tell; an unknown one lists them.")] = None,
+    format: Annotated[str | None, typer.Option(help="The log's format, if its content does not tell; an unknown name lists them all.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="What was asked, joined by id, e.g. the batch's input file.")] = None,
-    model: Annotated[str | None, typer.Option(help="Who answered, where the log does not say.")] = None,
+    model: Annotated[str | None, typer.Option(help="The model that answered, if the log does not say.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Counts answers logged as text; its chat template is taken off prompts.")] = None,
-    columns: Annotated[str | None, typer.Option(help="Any other table: prompt=NAME,model=NAME,tokens=NAME (or answer=NAME).")] = None,
+    columns: Annotated[str | None, typer.Option(help="Columns of any other table: prompt=NAME,model=NAME,tokens=NAME (or answer=NAME).")] = None,
 ) -> None:
     """Lengths from what was logged, so that no LLM has to be asked again.
 
@@ -164,7 +164,7 @@ def import_log(
     from pars_nb.logs import read_log
 
     if out is None and not dry_run:
-        raise DataError("give --out, or --dry-run to see what would come")
+        raise DataError("give --out, or --dry-run to see what would be imported")
     names = dict(p.partition("=")[::2] for p in columns.split(",")) if columns else None
     got = read_log(log, format, model, tokenizer, prompts, names, strip=template_off(tokenizer))
     show_imported(got)
@@ -210,13 +210,13 @@ def train(
     encoder: Annotated[str, typer.Option(help="A hub name, a local folder, or `tiny` (from scratch, no download).")] = "bert-base-uncased",
     init: Annotated[Path | None, typer.Option(help="Start from this ranker instead.")] = None,
     loss: Annotated[str, typer.Option(help="win, margin (the paper's), logistic, pointwise, listmle, bucket, lognormal")] = "win",
-    delta: Annotated[float, typer.Option(help="Least relative gap of a pair that teaches.")] = 0.2,
+    delta: Annotated[float, typer.Option(help="Smallest relative gap between the two lengths of a training pair.")] = 0.2,
     epochs: float = 3.0,
     batch_size: Annotated[int, typer.Option(help="Prompts a batch; all their pairs count.")] = 64,
     lr: Annotated[float | None, typer.Option(help="Learning rate; by default 5e-5, and 1e-3 for `tiny`.")] = None,
     max_length: Annotated[int, typer.Option(help="Tokens of a prompt that are read.")] = 128,
-    end_tokens: Annotated[int, typer.Option(help="So many of them from a long prompt's end; try 32 or 64 where the question comes last.")] = 1,
-    max_prompts: Annotated[int | None, typer.Option(help="Use only so many prompts (a random draw).")] = None,
+    end_tokens: Annotated[int, typer.Option(help="How many of those come from a long prompt's end; try 32 or 64 if the question comes last.")] = 1,
+    max_prompts: Annotated[int | None, typer.Option(help="Use only this many prompts (a random draw).")] = None,
     bf16: bool = False,
     revision: Annotated[str | None, typer.Option(help="Hub commit of the encoder, to pin it.")] = None,
     seed: int = 0,
@@ -246,7 +246,7 @@ def evaluate(
     data: Data,
     ranker: Annotated[Path, typer.Option(help="Folder that `pars train` wrote.")],
     target: Target = None,
-    all_prompts: Annotated[bool, typer.Option(help="Score all prompts, not only those the split holds out (for data it never saw).")] = False,
+    all_prompts: Annotated[bool, typer.Option(help="Score all prompts, not only held-out ones (use it for data that training never saw).")] = False,
     delta: float = 0.2,
     out: Annotated[Path | None, typer.Option(help="Write the report here as JSON.")] = None,
 ) -> None:
@@ -271,9 +271,9 @@ def evaluate(
         console.print(f"→ {out}")
 
 # %% ../nbs/61_loop.ipynb #f36c4611
-Tail = Annotated[float, typer.Option(help="How long a request may wait, in what first come, first served makes requests wait; 0: FCFS.")]
-Lane = Annotated[float, typer.Option("--lane", "--express-share", help="Share of the work that always goes ahead, shortest first.")]
-MostOvertaken = Annotated[float | None, typer.Option(help="A hard bound: no request is passed by one that came so many seconds later.")]
+Tail = Annotated[float, typer.Option(help="The oldest may wait this many times the wait under first come, first served; 0: FCFS.")]
+Lane = Annotated[float, typer.Option("--lane", "--express-share", help="The predicted-shortest that hold this share of the work always go ahead.")]
+MostOvertaken = Annotated[float | None, typer.Option(help="A hard bound: no request is passed by one that came this many seconds later.")]
 
 # %% ../nbs/61_loop.ipynb #c19902e5
 @app.command()
@@ -281,7 +281,7 @@ MostOvertaken = Annotated[float | None, typer.Option(help="A hard bound: no requ
 def bench(
     data: Data,
     out: Annotated[Path, typer.Option(help="Folder for table.csv, figure.png, bench.json.")],
-    ranker: Annotated[Path | None, typer.Option(help="Folder that `pars train` wrote; without one only FCFS and the oracle run.")] = None,
+    ranker: Annotated[Path | None, typer.Option(help="Folder that `pars train` wrote; without one PARS only learns while it serves.")] = None,
     target: Target = None,
     model: Annotated[str | None, typer.Option(help="The model the engine runs; by default the embedded one (lengths are forced).")] = None,
     requests: Annotated[int, typer.Option(help="Requests per run.")] = 200,
@@ -292,7 +292,7 @@ def bench(
     tail: Tail = 1.1,
     lane: Lane = 0.05,
     max_overtake_s: MostOvertaken = None,
-    client: Annotated[str | None, typer.Option(help="vllm (`vllm bench serve`) or guidellm, against `vllm serve` and `pars serve`.")] = None,
+    client: Annotated[str | None, typer.Option(help="Measure `vllm serve` and `pars serve` by vllm (`vllm bench serve`) or guidellm.")] = None,
 ) -> None:
     """FCFS (stock and in our class), PARS and Oracle SJF in a real vLLM engine: same requests, times and lengths.
 
@@ -340,7 +340,7 @@ def show_bench(result: dict[str, Any], out: Path) -> None:
 
 
 def show_client(result: dict[str, Any], out: Path) -> None:
-    "What somebody else's client says, in ratios to stock vLLM."
+    "What a client that is not ours measured, in ratios to stock vLLM."
     t = Table("workload", "server", *(f"{m} {k}" for m, k in COLUMNS if m != "p90"), "tokens/s", collapse_padding=True, title_justify="left",
               title=f"{result['client']}: median over seeds (ratio to vllm serve)")
     for r in result["summary"]:
@@ -355,7 +355,7 @@ COLUMNS = [("mean", "NTPOT"), ("p90", "NTPOT"), ("mean", "TTFT"), ("p99", "E2EL"
 
 # %% ../nbs/61_loop.ipynb #files010
 def with_pars(args: list[str], pars: dict[str, Any]) -> list[str]:  # arguments for vLLM
-    """vLLM's arguments with our settings in `--additional-config`, beside what others have there. Raises `DataError` where it can't be."""
+    """vLLM's arguments with our settings in `--additional-config`, beside what others have there. Raises `DataError` if it can't be."""
     from pars_nb.engine import set_in_file
     from pars_nb.errors import DataError
 
@@ -390,10 +390,10 @@ def serve(
     tail: Tail = 1.1,
     lane: Lane = 0.05,
     max_overtake_s: MostOvertaken = None,
-    state: Annotated[Path | None, typer.Option(help="Folder in which what is learned is kept, and read at the start.")] = None,
+    state: Annotated[Path | None, typer.Option(help="Folder that keeps what is learned; read at the start.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Only print the command.")] = False,
 ) -> None:
-    """vLLM's own OpenAI server with the ranker in it; all other flags go to vLLM.
+    """vLLM's own OpenAI server with our scheduler in it; all other flags go to vLLM.
 
     [dim]pars serve meta-llama/Llama-3.1-8B-Instruct --ranker runs/ranker --max-num-seqs 256[/]
     """
@@ -453,7 +453,7 @@ def demo(
     step(2, "train", "a small BERT learns the order, from scratch")
     train(data=work / "lengths", out=work / "ranker", encoder="tiny", epochs=DEMO["epochs"], batch_size=32)
     distil(open_ranker(work / "ranker"), read(work / "lengths"), work / "student")
-    console.print("and a student that is linear learns it too: the engine has two cores here, and a look at a prompt must cost microseconds")
+    console.print("and a linear student learns that order too: on two cores, scoring a prompt may take only microseconds")
     step(3, "bench", "the same burst through five queues of a real engine")
     bench(data=work / "lengths", ranker=work / "student", out=out, requests=requests, seeds=seeds, load=[])
     console.print(f"the loop took {time.time() - start:.0f} s; lengths and ranker are in {work}", soft_wrap=True)

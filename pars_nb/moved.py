@@ -38,7 +38,7 @@ MOVED = {
 
 # %% ../nbs/99_moved.ipynb #9dca22a0
 def new_place(module: str, name: str) -> tuple[str, str] | None:  # module and name
-    "Where a name of 0.1 stands now; None when it never stood there."
+    "Where a name of 0.1 is now; None if it was never there."
     for target, names in MOVED.get(module, {}).items():
         for entry in names.split():
             old, _, new = entry.partition("=")
@@ -48,7 +48,7 @@ def new_place(module: str, name: str) -> tuple[str, str] | None:  # module and n
 
 
 def forwards(module: str) -> Callable[[str], Any]:
-    "A module's `__getattr__`: names that have moved are fetched from where they stand now, with a warning."
+    "A module's `__getattr__`: names that have moved are fetched from their new place, with a warning."
     def get(name: str) -> Any:
         if (place := new_place(module, name)) is None:
             raise AttributeError(f"module 'pars_nb.{module}' has no attribute {name!r}")

@@ -15,16 +15,16 @@ from .errors import DataError
 
 # %% ../nbs/59_offline.ipynb #0ff11ne5
 def longest_first(predicted: Sequence[float]) -> list[int]:  # indices
-    "The order of a batch: the longest predicted answer first; equals keep their order. A ranker's scores do as well as lengths."
+    "The order of a batch: the longest predicted answer first; equals keep their order. A ranker's scores serve as well as lengths."
     if not np.isfinite(np.asarray(predicted, dtype=float)).all():
-        raise DataError(f"prediction {int(np.argmin(np.isfinite(predicted)))} is no finite number; give each prompt one")
+        raise DataError(f"prediction {int(np.argmin(np.isfinite(predicted)))} is not a finite number; give one for each prompt")
     return np.argsort(-np.asarray(predicted, dtype=float), kind="stable").tolist()  # type: ignore[no-any-return]
 
 
 def deal(predicted: Sequence[float], engines: int) -> list[list[int]]:  # of each engine, its indices, the longest first
     "Shares of a batch: the longest first, each to the engine with the least predicted tokens so far (LPT)."
     if engines < 1:
-        raise DataError(f"a batch for {engines} engines; there must be one at least")
+        raise DataError(f"a batch for {engines} engines; give at least one")
     least, shares = [(0.0, k) for k in range(engines)], list[list[int]]([] for _ in range(engines))
     for i in longest_first(predicted):
         load, k = heapq.heappop(least)

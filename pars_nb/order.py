@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pars_nb.records import Record
 
 # %% ../nbs/06_order.ipynb #7c222dbc
-SMALL = 600  # so many values are compared pair by pair
+SMALL = 600  # up to this many values are compared pair by pair
 
 
 def tau_b(
@@ -37,7 +37,7 @@ def tau_b(
 
 
 def _tau_by_pairs(s: np.ndarray, n: np.ndarray) -> float:
-    "By the definition, in O(n²): what the serving host needs, which has no scipy."
+    "By the definition, in O(n²), because the serving host has no scipy."
     if np.isnan(s).any() or np.isnan(n).any():
         return math.nan
     a, b = np.sign(s[:, None] - s[None, :]), np.sign(n[:, None] - n[None, :])
@@ -54,7 +54,7 @@ def pair_accuracy(
     "The fraction of pairs with gap ≥ δ that the scores put in the right order. NaN where no pair passes."
     right = total = 0.0
     s, n = np.asarray(scores, dtype=float), np.asarray(lengths, dtype=float)
-    for i in range(0, n.size, 1024):  # in blocks of rows: (n, n) at once would not fit for 40k prompts
+    for i in range(0, n.size, 1024):  # 1,024 prompts at a time: (n, n) would not fit in memory for 40k
         rows = slice(i, i + 1024)
         m = _longer(n[rows], n, delta) if censored is None else _longer(n[rows], n, delta) & ~np.asarray(censored)[None, :]
         d = s[rows, None] - s[None, :]

@@ -33,7 +33,7 @@ def order_matrix(
     noise: np.ndarray | None = None,  # (n,) standard errors of the log lengths, see `log_noise`
     confidence: float = 0.0,  # with `noise`: least probability that the order holds
 ) -> np.ndarray:  # (n, n) bool
-    "`m[i, j]`: i's answer is longer than j's for certain, by at least `delta` (PARS, §3; censored lengths as bounds)."
+    "`m[i, j]`: i's answer is certainly longer than j's, by at least `delta` (PARS, §3; censored lengths are lower bounds)."
     n = np.asarray(lengths, dtype=float)
     m = (n[:, None] > n[None, :]) & (rel_gap(n[:, None], n[None, :]) >= delta)
     if noise is not None and confidence > 0.5:
@@ -42,11 +42,11 @@ def order_matrix(
     return m if censored is None else m & ~np.asarray(censored, dtype=bool)[None, :]
 
 # %% ../nbs/05_pairs.ipynb #72fd5022
-TYPICAL_SIGMA = 0.3  # of the log-length of one prompt's runs, where a data set has none to measure it on
+TYPICAL_SIGMA = 0.3  # of the log-length over one prompt's runs, where no prompt has several runs to measure it
 
 
 def log_noise(records: Sequence["Record"], prior: float = 4.0) -> np.ndarray:  # (n,)
-    "Standard error of each record's mean log-length: own variance, drawn towards the pooled one."
+    "Standard error of each record's mean log-length: its own variance, shrunk towards the pooled one."
     logs = [np.log(r.lengths) for r in records]
     squares, free = np.array([((x - x.mean()) ** 2).sum() for x in logs]), np.array([len(x) - 1 for x in logs])
     pooled = squares.sum() / free.sum() if free.sum() else TYPICAL_SIGMA**2
@@ -63,7 +63,7 @@ def random_pairs(
     n, rng = len(records), np.random.default_rng(seed)
     check_admissible(records, delta)
     a = np.repeat(np.arange(n), per_prompt)
-    b = (a + rng.integers(1, n, a.size)) % n  # anyone but oneself
+    b = (a + rng.integers(1, n, a.size)) % n  # any prompt but itself
     length, cut = np.array([r.mean for r in records]), np.array([r.censored for r in records])
     long, short = np.where(length[a] >= length[b], (a, b), (b, a))
     keep = (length[long] > length[short]) & (rel_gap(length[long], length[short]) >= delta) & ~cut[short]

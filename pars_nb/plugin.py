@@ -13,7 +13,7 @@ from .policy import FCFS, Policy
 from .waiting import Tickets
 
 # %% ../nbs/37_plugin.ipynb #2f3f59a0
-DUE = 1e9  # above any response ratio: a request that is due goes first, the one that is so for longest before the others
+DUE = 1e9  # above any response ratio: a request that is due goes first, the longest due before the others
 
 
 class PolicyPlugin:

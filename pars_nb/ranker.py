@@ -95,7 +95,7 @@ def lognormal_loss(logits: torch.Tensor, lengths: torch.Tensor, censored: torch.
 Loss = Callable[..., torch.Tensor]
 LOSSES: dict[str, Loss] = dict(margin=margin_loss, logistic=logistic_loss, win=win_loss, pointwise=pointwise_loss, listmle=listmle_loss,
                                bucket=bucket_loss, lognormal=lognormal_loss)
-OUTPUTS = dict(bucket=10, lognormal=2)  # of the head; the others have one
+OUTPUTS = dict(bucket=10, lognormal=2)  # outputs of the head; the other losses need one
 
 
 def to_scores(logits: torch.Tensor) -> torch.Tensor:  # (n,)
@@ -111,7 +111,7 @@ def load_encoder(
     revision: str | None = None,  # a hub commit, to pin
     outputs: int = 1,
 ) -> tuple[Any, Any]:  # tokenizer, model
-    "An encoder with a fresh linear unit on its pooled output. Raises `RankerError` when there is no such encoder."
+    "An encoder with an untrained linear unit on its pooled output. Raises `RankerError` when there is no such encoder."
     if encoder == "tiny":
         return tiny_encoder(texts, outputs)
     try:
@@ -154,7 +154,7 @@ def in_batches(
     pad: int,  # id of the padding token
     batch_size: int = 64,
 ) -> np.ndarray:  # (n,) float32, in the order of `ids`
-    "Run sequences of like length together, so that little is padded."
+    "Run sequences of similar length together, so that little is padded."
     out, order = np.zeros(len(ids), dtype=np.float32), sorted(range(len(ids)), key=lambda i: len(ids[i]))
     for i in range(0, len(order), batch_size):
         rows = order[i : i + batch_size]
@@ -181,7 +181,7 @@ class Ranker(Reader):
         return to_scores(self._logits(ids, mask)).cpu().numpy()
 
     def score(self, prompts: Sequence[str], batch_size: int = 64) -> np.ndarray:  # (n,) float32; higher = longer
-        "Scores in the order of `prompts`. One that is not finite becomes the middle score, which keeps a request's first-come place."
+        "Scores in the order of `prompts`. A score that is not finite becomes the median score, so its request is neither favoured nor held back."
         if isinstance(self.model, torch.nn.Module):
             self.model.eval()
         out = in_batches(self.encode(prompts), self.run, self.tokenizer.pad_token_id, batch_size)
@@ -189,7 +189,7 @@ class Ranker(Reader):
         return np.where(np.isfinite(out), out, np.float32(q[len(q) // 2] if q else 0))
 
     def spread(self, prompts: Sequence[str]) -> np.ndarray:  # (n,) σ of the log length
-        "How sure the ranker is, where it was trained with `lognormal` (then its score is the middle of log(length / 100))."
+        "How unsure the ranker is, if it was trained with `lognormal` (its score is then the mean of log(length / 100))."
         if self.meta.loss != "lognormal":
             raise RankerError(f"a ranker trained with {self.meta.loss!r} gives no spread; train one with loss='lognormal'")
         return np.exp(in_batches(self.encode(prompts), self._log_sigma, self.tokenizer.pad_token_id))
@@ -221,7 +221,7 @@ def load_ranker(folder: str | Path) -> Ranker:
 
 # %% ../nbs/08_ranker.ipynb #fdd2cfaa
 def push_to_hub(folder: str | Path, repo: str, private: bool = True) -> str:  # the commit's hash: what to pin
-    "Upload a ranker's folder as `repo` (user/name); not its exports, whose probes are prompts of yours. Raises `RankerError`."
+    "Upload a ranker's folder as `repo` (user/name), without its exports, because these hold prompts of yours. Raises `RankerError`."
     from huggingface_hub import HfApi
 
     load_meta(folder)
@@ -245,4 +245,4 @@ def pull_from_hub(repo: str, revision: str, out: str | Path) -> Path:
     return Path(out)
 
 # %% ../nbs/08_ranker.ipynb #bf6aa9d3
-__getattr__ = forwards("ranker")  # names that stood here in 0.1
+__getattr__ = forwards("ranker")  # old names, from 0.1

@@ -30,9 +30,9 @@ class Record(BaseModel, frozen=True):
     model: str
     lengths: tuple[PositiveInt, ...]  # response tokens, one per run
     capped: tuple[bool, ...]  # True where a run stopped at its token limit
-    token_source: str = "unknown"  # who counted, e.g. `usage`, `cl100k_base`, `native:llama`
+    token_source: str = "unknown"  # what counted, e.g. `usage`, `cl100k_base`, `native:llama`
     prompt_tokens: int | None = None
-    messages: str | None = None  # the whole chat as JSON, where it was more than one user turn
+    messages: str | None = None  # the whole chat as JSON, unless it was a single user turn
 
     @model_validator(mode="after")
     def _same_runs(self) -> "Record":
@@ -74,7 +74,7 @@ class Request(BaseModel, frozen=True):
 
     @property
     def key(self) -> str:
-        "16 digits that stand for what is asked; blanks at its ends don't count."
+        "A 16-digit id of what is asked; blanks at its ends don't count."
         return prompt_hash(self.messages or self.prompt)
 
 
@@ -183,13 +183,13 @@ FAILED = {"error", "failed", "abort", "aborted", "cancelled", "canceled", "incom
 
 
 def ending(reason: Any) -> str:  # whole, cut or failed
-    "How an answer ended, from its finish reason: only a full stop or a tool call ends a whole one."
+    "How an answer ended, from its finish reason: only a normal stop or a tool call ends a whole one."
     key = str(reason).strip().lower().rpartition(".")[2] if reason is not None else ""
     return "whole" if key in WHOLE else "failed" if key in FAILED else "cut"
 
 
 def prompt_id(values: dict[str, Any], request: Request, at: Any) -> str:
-    "The row's id as text (7.0, which a hole in the column makes of 7, is 7), or the hash of what is asked."
+    "The row's id as text (a missing value in the column turns 7 into 7.0; that is read as 7), or the hash of what is asked."
     v = plain(values.get("prompt_id", values.get("custom_id")))
     if blank(v):
         return request.key
@@ -199,7 +199,7 @@ def prompt_id(values: dict[str, Any], request: Request, at: Any) -> str:
 
 # %% ../nbs/02_records.ipynb #19b44cad
 class Ids:
-    "Which prompt each id stands for. Raises `DataError` for an id with two."
+    "Which prompt each id stands for. Raises `DataError` for an id of two prompts."
 
     def __init__(self) -> None:
         self.seen: dict[str, tuple[str, Any]] = {}
@@ -354,8 +354,8 @@ def read_hub(
     name: str,  # data set on the hub, e.g. `vicgalle/alpaca-gpt4`
     prompt: str | Sequence[str],  # e.g. `["instruction", "input"]`
     response: str,  # e.g. `output`
-    tokenizer: str,  # who counts, e.g. `bert-base-uncased`
-    model: str,  # who answered, e.g. `gpt-4`
+    tokenizer: str,  # what counts the tokens, e.g. `bert-base-uncased`
+    model: str,  # the LLM that answered, e.g. `gpt-4`
     split: str = "train",
     revision: str | None = None,  # pin a commit to make the result repeatable
 ) -> list[Record]:
@@ -377,7 +377,7 @@ def split(
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),  # train, validation, test
     seed: int = 0,
 ) -> tuple[list[Record], list[Record], list[Record]]:  # train, validation, test
-    "Split by prompt text: no prompt stands on two sides, whatever its id or model. Raises `DataError` for no records."
+    "Split by prompt text: no prompt is on two sides, whatever its id or model. Raises `DataError` for no records."
     if not records:
         raise DataError("no records to split")
     if any(f < 0 for f in fractions) or abs(sum(fractions) - 1) > 1e-9:
@@ -402,10 +402,10 @@ def draw(records: Sequence[Record], n: int | None, seed: int = 0) -> list[Record
 
 # %% ../nbs/02_records.ipynb #2b10d54f
 def one_model(records: Sequence[Record]) -> list[Record]:
-    "The records, which are all of one model. Raises `DataError` where they are not."
+    "The records, if all are of one model. Raises `DataError` otherwise."
     models = sorted({r.model for r in records})
     if len(models) > 1:
-        raise DataError(f"lengths of {len(models)} models: {models[:5]}; choose one with --target (lengths of two models make no order)")
+        raise DataError(f"lengths of {len(models)} models: {models[:5]}; choose one with --target (lengths of two models can't be compared)")
     return list(records)
 
 # %% ../nbs/02_records.ipynb #0b3c4830

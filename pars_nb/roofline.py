@@ -39,7 +39,7 @@ BYTES = dict(float32=4.0, float16=2.0, bfloat16=2.0, float8_e4m3fn=1.0)
 
 
 class Sizes(NamedTuple):
-    "Of a model."
+    "Sizes of a model."
     active: float  # weights for one token
     weights: float  # bytes of all weights
     kv: float  # bytes of keys and values for one token
@@ -50,7 +50,7 @@ def sizes_of(config: Mapping[str, Any]) -> Sizes:
     c = {**config, **config.get("text_config", {})}
     need = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
     if lacks := [k for k in need if not c.get(k)]:
-        raise DataError(f"this config.json has no {', '.join(lacks)}; give that of a decoder, as Hugging Face has it")
+        raise DataError(f"this config.json has no {', '.join(lacks)}; give a decoder's config.json in Hugging Face's format")
     hidden, layers, heads = c["hidden_size"], c["num_hidden_layers"], c["num_attention_heads"]
     head = c.get("head_dim") or hidden // heads
     kv = 2 * (c.get("num_key_value_heads") or heads) * head
@@ -64,11 +64,11 @@ def sizes_of(config: Mapping[str, Any]) -> Sizes:
                  width * layers * kv)
 
 # %% ../nbs/47_roofline.ipynb #d4704305
-READS, COMPUTES, KEEPS = 0.8, 0.5, 0.9  # what is reached of bandwidth and operations, and what part of the memory is used
+READS, COMPUTES, KEEPS = 0.8, 0.5, 0.9  # shares of bandwidth, operations and memory that an engine uses
 
 
 def roofline(device: Device, sizes: Sizes, gpus: int = 1, name: str = "roofline", **limits: int) -> EngineModel:
-    "An estimate of an engine; `limits`: max_num_seqs, max_num_batched_tokens, block_size. Raises `DataError` where it does not fit."
+    "An estimate of an engine; `limits`: max_num_seqs, max_num_batched_tokens, block_size. Raises `DataError` if it does not fit."
     reads, computes = gpus * READS * device.bandwidth, gpus * COMPUTES * device.flops
     size = limits.get("block_size", 16)
     blocks = int((gpus * KEEPS * device.memory - sizes.weights) // (sizes.kv * size))
@@ -83,7 +83,7 @@ def preset(gpu: str, config: str | Path, gpus: int = 1, **limits: int) -> Engine
     "The roofline of a GPU that `GPUS` knows and a model's config.json. Raises `DataError`."
     known = {k.lower(): k for k in GPUS}
     if gpu.lower() not in known:
-        raise DataError(f"no data sheet of a {gpu!r}; there are {', '.join(GPUS)}")
+        raise DataError(f"no data sheet for {gpu!r}; there are {', '.join(GPUS)}")
     try:
         sizes = sizes_of(json.loads(Path(config).read_text()))
     except (OSError, ValueError) as e:

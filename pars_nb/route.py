@@ -23,17 +23,17 @@ def size_class(work: float) -> int:
 # %% ../nbs/53_route.ipynb #8a191f7b
 @dataclass(slots=True)
 class Booking:
-    "A request in the books: where it is, and the class of the work that it was thought to be."
+    "A request in the books: where it is, and the class of its predicted work."
     replica: str
     size: int
     sure: bool  # the replica has accepted it
 
 
 class _Ledger:
-    "What is booked where, and how many of each class that makes."
+    "What is booked where, and how many requests of each class."
 
     def __init__(self, hold_s: float = 10.0) -> None:
-        self.hold_s = hold_s  # a choice of which nothing more is heard counts for so long
+        self.hold_s = hold_s  # how long a choice counts if nothing more is heard
         self.bookings: dict[str, Booking] = {}
         self.held: OrderedDict[str, float] = OrderedDict()  # chosen, not accepted yet, the oldest first
         self.counts: dict[str, list[int]] = {}
@@ -51,12 +51,12 @@ class _Ledger:
             self.counts[booking.replica][booking.size] -= 1
 
     def sweep(self, now: float) -> None:
-        "Forget choices of which nothing was heard for `hold_s`."
+        "Forget choices without news for `hold_s`."
         while self.held and next(iter(self.held.values())) <= now - self.hold_s:
             self.withdrawn(next(iter(self.held)))
 
     def only(self, replicas: Iterable[str]) -> None:
-        "Forget all that is booked at other replicas than these."
+        "Forget all bookings at other replicas."
         alive = set(replicas)
         for request in [r for r, b in self.bookings.items() if b.replica not in alive]:
             self.withdrawn(request)
@@ -71,7 +71,7 @@ class Books(_Ledger):
     def __init__(self, hold_s: float = 10.0, me: str = "") -> None:
         super().__init__(hold_s)
         self.me = me  # this router's name in the replicas' reports
-        self.early: OrderedDict[str, str] = OrderedDict()  # over before their acceptance was heard of
+        self.early: OrderedDict[str, str] = OrderedDict()  # ended before their acceptance was heard of
 
     def chosen(self, request: str, replica: str, work: float, now: float) -> None:
         "The request is meant for `replica`; an earlier choice for it is forgotten."
@@ -97,7 +97,7 @@ class Books(_Ledger):
                 self.early.popitem(last=False)
 
     def reported(self, replica: str, counts: Mapping[str, Sequence[int]]) -> None:  # router → requests of each class
-        "What the replica says it has from each router. One's own part is known better."
+        "What the replica says it has from each router. This router's own part is left out, because its books know it better."
         others = [c for router, c in counts.items() if router != self.me]
         self.others[replica] = [sum(c[k] for c in others if k < len(c)) for k in range(CLASSES)]
 
@@ -107,7 +107,7 @@ class Books(_Ledger):
         return [a + b for a, b in zip(self.counts.get(replica, none), self.others.get(replica, none), strict=True)]
 
     def burden(self, replica: str, work: float, before: float = 0.5) -> float:
-        "Requests under way, those that go before one of this work counted one and a half times; of its own class, every second one does."
+        "Requests under way; those served before one of this work count one and a half. Half of its own class is taken to go before it."
         counts, k = self.under_way(replica), size_class(work)
         return sum(counts) + before * (sum(counts[:k]) + counts[k] / 2)
 
@@ -170,9 +170,9 @@ class _Known:
         self,
         me: str = "",  # this router's name in the replicas' reports
         prefill_token: float = 0.1,  # what an uncached prompt token costs, in decode tokens; 0: prompts are not looked at
-        before: float = 0.5,  # what a request that goes before counts more than one that does not
+        before: float = 0.5,  # extra count of a request that is served before
         hold_s: float = 10.0,
-        look_at: int = 16,  # of more replicas than this, so many random ones are looked at, and the session's home
+        look_at: int = 16,  # in larger fleets, how many random replicas are looked at, besides the session's home
         chars_per_token: float = 4.0,
         sessions: int = 100_000,  # to remember
     ) -> None:
@@ -205,7 +205,7 @@ class _Chooser(_Known):
         return sorted(replicas, key=cost.__getitem__)
 
     def some(self, ask: Ask, replicas: Sequence[str]) -> Sequence[str]:
-        "Those that are looked at: in a large fleet a few, so that a choice costs no more there."
+        "The replicas to look at: in a large fleet only some, so that a choice costs no more there."
         if len(replicas) <= self.look_at:
             return replicas
         home = self.sessions.get(ask.session, ("", 0))[0]
@@ -213,7 +213,7 @@ class _Chooser(_Known):
 
 # %% ../nbs/53_route.ipynb #7baa3b57
 class Router(_Chooser):
-    "Chooses replicas, and hears what becomes of it."
+    "Chooses replicas, and is told what becomes of each request."
 
     def choose(self, ask: Ask, replicas: Sequence[str], now: float) -> list[str]:
         "The replicas, the best first; the request is booked at the best. `now`: seconds, on any one clock."
@@ -244,7 +244,7 @@ class Router(_Chooser):
                 self.sessions.popitem(last=False)
 
     def only(self, replicas: Iterable[str]) -> None:
-        "There are these replicas now, and no others."
+        "Keep only these replicas."
         alive = set(replicas)
         self.books.only(alive)
         self.prefixes.only(alive)
@@ -259,7 +259,7 @@ def words(content: Any) -> str:  # a message's content: a string, or a list of p
 
 
 def body_text(body: Any) -> str:  # a chat or completion request of the OpenAI API
-    "All text of the prompt; empty where it came as token ids."
+    "All text of the prompt; empty if it came as token ids."
     if isinstance(prompt := getattr(body, "prompt", None), str):
         return prompt
     return "".join(f"<{m.get('role')}>{words(m.get('content'))}" for m in getattr(body, "messages", None) or () if isinstance(m, dict))

@@ -76,18 +76,18 @@ class Asks:
 
 # %% ../nbs/54_router.ipynb #5b1db143
 def stamp(body: Any, router: str, ask: Ask) -> None:
-    "Write into the body which router sends it and what it takes it for, so that the replica can report it."
+    "Write into the body which router sends it and its predicted work, so that the replica can report both."
     if hasattr(body, "vllm_xargs"):
         body.vllm_xargs = {**(body.vllm_xargs or {}), "pars_router": router, "pars_work": ask.work}
 
 # %% ../nbs/54_router.ipynb #5c8b4d5a
 class _Informed(RequestRouter):
-    "Hears what becomes of its choices."
+    "Is told what becomes of its choices."
     asks: Asks
     core: Router
 
     def ask_of(self, pending: PendingRequest) -> Ask:
-        "Made once for a request, however often it is routed."
+        "The `Ask` of a request, made once, however often it is routed."
         if not hasattr(pending, "pars_ask"):
             meta = pending.metadata
             pending.pars_ask = ask = self.asks(meta.internal_request_id, pending.args[0], meta.session_id)
@@ -100,11 +100,11 @@ class _Informed(RequestRouter):
             self.core.routed(self.ask_of(pending_request), replica_id.unique_id)
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        "The request is over at this replica: answered, failed, cancelled, or turned away."
+        "The request has ended at this replica: answered, failed, cancelled, or turned away."
         self.core.books.completed(internal_request_id, replica_id.unique_id)
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
-        "The replicas that there are now, with what they report."
+        "The current replicas, with what they report."
         super().update_replicas(replicas)
         self.core.only([r.replica_id.unique_id for r in replicas])
         for r in replicas:
@@ -121,11 +121,11 @@ class PredictedWorkRouter(_Informed):
 
     def initialize_state(
         self,
-        ranker: str | None = None,  # whose tables make lengths of scores
+        ranker: str | None = None,  # its tables turn scores into lengths
         use_max_tokens: bool = False,  # a request's `max_tokens` caps its work
         prefill_token: float = 0.1,  # what an uncached prompt token costs, in decode tokens; 0: prompts are not looked at
-        before: float = 0.5,  # what a request that goes before counts more than one that does not
-        hold_s: float = 10.0,  # a choice of which nothing more is heard counts for so long
+        before: float = 0.5,  # extra count of a request that is served before
+        hold_s: float = 10.0,  # how long a choice counts if nothing more is heard
     ) -> None:
         "Called by Ray with `request_router_kwargs`."
         self.asks = Asks(ranker, use_max_tokens)
@@ -134,10 +134,10 @@ class PredictedWorkRouter(_Informed):
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        "The replicas one by one, that with the fewest requests in the way first."
+        "The replicas one by one, the one with the fewest requests in the way first."
         if pending_request is None or not pending_request.args:
             return [candidate_replicas]
-        pending_request.routing_context.should_backoff = True  # where all are full, Ray asks again, and waits a little in between
+        pending_request.routing_context.should_backoff = True  # if all are full, Ray waits a little and asks again
         named = {r.replica_id.unique_id: r for r in candidate_replicas}
         ask = self.ask_of(pending_request)
         ranked = self.core.choose(ask, list(named), time.monotonic())

@@ -24,14 +24,14 @@ log = logging.getLogger("vllm.pars_nb")  # below vLLM's logger, so that it shows
 
 # %% ../nbs/12_score.ipynb #bbbb2822
 class Remembered:
-    "A score function that remembers the scores of the texts it saw last."
+    "A score function that caches the scores of recent texts."
 
     def __init__(self, score: Callable[[Sequence[str]], np.ndarray], size: int = 4096) -> None:
         self.score, self.hits = score, 0
         self.cache: LRUCache[str, float] = LRUCache(size)  # the least recently used is forgotten first; 0: none
 
     def __call__(self, texts: Sequence[str]) -> list[float]:
-        "A score for each text; a text that stands twice is scored once. Raises ValueError when the ranker gives too few."
+        "A score for each text; a repeated text is scored once. Raises ValueError when the ranker gives another number of scores."
         known = {t: self.cache[t] for t in texts if t in self.cache}
         new = list(dict.fromkeys(t for t in texts if t not in known))
         self.hits += len(texts) - len(new)
@@ -45,7 +45,7 @@ class Remembered:
 
 # %% ../nbs/12_score.ipynb #e8418061
 class Patience:
-    "With a ranker that fails: after three failures in a row it is left alone for `retry_s`, then tried again."
+    "For a ranker that fails: after three failures in a row it is left alone for `retry_s`, then tried again."
 
     def __init__(self, say: Callable[[str], None], retry_s: float = 30.0) -> None:
         self.say, self.retry_s, self.retry_at, self.failures = say, retry_s, 0.0, 0
@@ -64,7 +64,7 @@ class Patience:
         self.failures = 0
 
     def failed(self, e: BaseException) -> None:
-        "A batch went wrong; the third time in a row it is said, once."
+        "A batch went wrong; the third time in a row is logged, once."
         self.failures += 1
         if not self.lost:
             return
@@ -75,7 +75,7 @@ class Patience:
 
 # %% ../nbs/12_score.ipynb #caeee483
 class Scoring:
-    "The thread's own side: takes batches from `todo`, and gives every one of them a score or None."
+    "The thread's own side: takes batches from `todo`, and gives every item a score or None."
     score: Remembered
     text: Callable[[Any], str]
     patience: Patience
@@ -105,7 +105,7 @@ class Scoring:
         self.done.put((key, score))
 
     def drain(self) -> list[tuple[Hashable, float | None]]:
-        "The (key, score) that have come since the last call; None where there is no usable score."
+        "The (key, score) pairs since the last call; the score is None if there is no usable one."
         out = []
         while not self.done.empty():
             out.append(self.done.get_nowait())
@@ -150,4 +150,4 @@ class ScoreThread(Scoring):
         return False
 
 # %% ../nbs/12_score.ipynb #57e6784c
-__getattr__ = forwards("score")  # names that stood here in 0.1
+__getattr__ = forwards("score")  # old names, from 0.1

@@ -40,7 +40,7 @@ class AsyncScores:
 
         try:
             loop.call_soon_threadsafe(wake)
-        except RuntimeError:  # the caller's loop has ended, nobody waits for this score
+        except RuntimeError:  # the caller's loop has ended: this score is not needed
             pass
 
     async def __call__(self, prompt: str) -> float | None:
@@ -71,7 +71,7 @@ class Score(BaseModel):
 
 # %% ../nbs/14_server.ipynb #c4d93726
 class ServerMeters:
-    "What Prometheus sees; a registry of its own, so that two servers in one process don't meet."
+    "What Prometheus sees, in a registry of its own, so that two servers in one process don't clash."
 
     def __init__(self, scores: AsyncScores) -> None:
         from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -94,7 +94,7 @@ class ServerMeters:
 
 # %% ../nbs/14_server.ipynb #d2830198
 class Bucket:
-    "So much a second, and so much at once."
+    "A token bucket: at most `rate` a second, and `burst` at once."
 
     def __init__(self, rate: float, burst: float) -> None:
         self.rate, self.burst, self.left, self.at = rate, burst, burst, time.monotonic()
@@ -108,7 +108,7 @@ class Bucket:
 
 
 def allowed(given: str | None, token: str | None) -> bool:
-    "Is the header `Authorization` the one that this token asks for? Compared in constant time; no token asks for none."
+    "Does the header `Authorization` hold this token? Compared in constant time; without a token every request is allowed."
     return token is None or hmac.compare_digest((given or "").encode(), f"Bearer {token}".encode())
 
 # %% ../nbs/14_server.ipynb #706e994e
@@ -116,7 +116,7 @@ MOST_BODY, MOST_SECONDS = 1 << 20, 10.0  # of one batch
 
 
 async def body_of(request: Any) -> bytes:
-    "A request's body, no longer than it may be. Raises HTTPException 413, 408."
+    "A request's body. Raises HTTPException 413 if it is too long, 408 if it takes too long."
     from fastapi import HTTPException
 
     body = bytearray()
@@ -143,7 +143,7 @@ def add_observe(app: Any, hub: Any, token: str | None, rate: float = 4e6, burst:
     async def observe(request: Request, have: str = "") -> Response:
         if not allowed(request.headers.get("authorization"), token):
             raise HTTPException(401, "wrong token; set PARS_TOKEN to the one that the score server was started with")
-        if not bucket.take(1024):  # a request costs something before its body is here
+        if not bucket.take(1024):  # a request costs something even before its body arrives
             raise HTTPException(429, "too much at once", {"retry-after": "5"})
         body = await body_of(request)
         if not bucket.take(len(body)):
@@ -161,8 +161,8 @@ def make_app(
     ranker: Any,  # a `Ranker` in any backend (`backends.open_ranker`)
     max_queue: int = 1000,  # prompts that may wait
     cache: int = 4096,  # prompts whose scores are remembered
-    hub: Any = None,  # a `hub.Hub`: what engines tell of finished requests goes there
-    token: str | None = None,  # that they have to bring
+    hub: Any = None,  # a `hub.Hub`, which learns from the engines' reports of finished requests
+    token: str | None = None,  # engines must send it
 ) -> Any:  # a FastAPI application
     "Scores over HTTP."
     from fastapi import FastAPI, Response
@@ -191,7 +191,7 @@ def make_app(
 
 # %% ../nbs/14_server.ipynb #3bd9f5db
 def add_routes(app: Any, one: Callable[..., Any], health: Callable[..., Any], meta: Any, meters: ServerMeters) -> None:
-    "The routes that give scores, and tell of the server."
+    "The routes for scores, health, the ranker's card and metrics."
     from fastapi import Response
 
     @app.post("/score")
@@ -214,4 +214,4 @@ def add_routes(app: Any, one: Callable[..., Any], health: Callable[..., Any], me
         return Response(meters.text(), media_type="text/plain; version=0.0.4")
 
 # %% ../nbs/14_server.ipynb #30dd9bdf
-__getattr__ = forwards("server")  # names that stood here in 0.1
+__getattr__ = forwards("server")  # old names, from 0.1

@@ -23,7 +23,7 @@ from .room import Expected
 
 # %% ../nbs/43_simulate.ipynb #fe172976
 class EngineModel(BaseModel, frozen=True, extra="forbid"):
-    "An engine's limits and the time of its steps, in seconds. The defaults are made up, no engine's own."
+    "An engine's limits and the time of its steps, in seconds. The defaults are made up and belong to no real engine."
     name: str = "made up"
     max_num_seqs: int = Field(64, ge=1)
     max_num_batched_tokens: int = Field(2048, ge=1)
@@ -50,7 +50,7 @@ class Requests(NamedTuple):
     output: np.ndarray  # answer tokens
     score: np.ndarray | None = None  # what the policy is told; NaN: nothing
     priority: np.ndarray | None = None
-    spread: np.ndarray | None = None  # σ of the log length, where the ranker gives one
+    spread: np.ndarray | None = None  # σ of the log length, if the ranker gives one
 
 
 def check(requests: Requests, engine: EngineModel) -> None:
@@ -112,7 +112,7 @@ def _tickets(requests: Requests) -> Iterator[Ticket]:
 
 
 def policy_arrays(requests: Requests, policy: Any) -> dict[str, Any]:  # `key`, and what else `new_world` needs
-    "What the policy says of each request, in order of arrival: arrays of shape (n,), and `tail`."
+    "What the policy says about each request, in order of arrival: arrays of shape (n,), and `tail`."
     tickets = _tickets(requests)
     if hasattr(policy, "ratio"):  # 1 + wait / service, so a wait of 1 s tells the service
         return dict(key=requests.arrival, service=[1 / (policy.ratio(t, t.arrival + 1) - 1) for t in tickets])
@@ -131,7 +131,7 @@ def simulate(
     policy: Policy | None = None,  # of `pars_nb.policy`; None: FCFS
     replicas: int = 1,
     routing: str = "round_robin",  # or least_outstanding, predicted_work, shared (one queue for all)
-    room: Expected | None = None,  # what is expected of each, so that none comes in for which there will be no room; None: as vLLM
+    room: Expected | None = None,  # expected lengths: admit only what there will be room for; None: as vLLM
 ) -> Simulated:
     "Play the requests through `replicas` engines. Exact to rounding; raises `DataError` for what can't be served."
     engine = engine or EngineModel()
@@ -148,7 +148,7 @@ def simulate(
 
 
 def capacity(requests: Requests, engine: EngineModel) -> float:
-    "Requests a second that one such engine serves when it is never idle: what a load ρ is a fraction of."
+    "Requests a second that one such engine serves when it is never idle; a load ρ is a fraction of this."
     at_once = requests._replace(arrival=np.zeros(len(requests.arrival)), priority=None)
     done = np.sort(simulate(at_once, engine).last)
     most = max(1, int(0.9 * len(done)))  # the last ones run in a half-empty batch

@@ -30,7 +30,7 @@ class Layout(NamedTuple):
     output: str
     unit: str = "s"  # of times that are numbers
     also: tuple[str, ...] = ()  # more columns that it must have
-    never: tuple[str, ...] = ()  # and such as it must not have
+    never: tuple[str, ...] = ()  # and columns that it must not have
 LAYOUTS = (
     Layout("timestamp_s", "timestamp_s", "prompt_tokens", "response_tokens"),
     Layout("timestamp_s", "timestamp_s", "prompt_tokens", "output_tokens"),
@@ -97,7 +97,7 @@ def _exploded(rows: Iterable[Row]) -> Iterator[Row]:
 # %% ../nbs/44_trace.ipynb #badd569a
 def load_trace(
     path: str | Path,  # .csv, .jsonl, .json or .parquet, each may be .gz
-    limit: int = 100_000,  # the first so many by arrival
+    limit: int = 100_000,  # the first ones by arrival
     names: Mapping[str, str]
     | None = None,  # `time`, `prompt`, `output` → column, where the format is none that we know; `time` may be `ts:ms`
 ) -> Trace:

@@ -29,19 +29,19 @@ from .records import Record, fingerprint, split
 
 # %% ../nbs/09_train.ipynb #ee369aa3
 class TrainConfig(BaseModel, extra="forbid"):
-    "The recipe: that of PARS (arXiv 2510.03243) but for the loss, and for all pairs of a batch instead of ten of a prompt."
+    "The recipe of PARS (arXiv 2510.03243), with another loss, and with all pairs of a batch instead of ten per prompt."
     encoder: str = "bert-base-uncased"  # a hub name, a local folder, or `tiny`
     revision: str | None = None  # hub commit of the encoder
     init: str | None = None  # start from this ranker's folder instead of a fresh head
-    loss: str = "win"  # the best in the study (21_ranking); "margin" is the paper's
-    target: Literal["mean", "median", "first"] = "mean"  # what a prompt with several runs is taken to be
+    loss: str = "win"  # the best in the study (71_ranking); "margin" is the paper's
+    target: Literal["mean", "median", "first"] = "mean"  # the length of a prompt with several runs
     delta: float = Field(0.2, ge=0, lt=1)
     confidence: float = Field(0.0, ge=0, lt=1)  # above 0.5: keep a pair only if its order holds with this probability (`pairs.log_noise`)
     margin: float = Field(1.0, gt=0)
     epochs: float = Field(3, gt=0)
     batch_size: int = Field(64, ge=2)  # prompts; all their admissible pairs count
     grad_accumulation: int = Field(1, ge=1)
-    lr: float | None = None  # None: 5e-5, and 1e-3 for `tiny`, which starts from nothing
+    lr: float | None = None  # None: 5e-5, or 1e-3 for `tiny`, which starts from random weights
     weight_decay: float = 0.01
     warmup: float = 0.1  # fraction of all steps
     max_length: int = Field(128, ge=4)  # prompt tokens that are read
@@ -73,12 +73,12 @@ class RankTrainer(Trainer):
 
 # %% ../nbs/09_train.ipynb #3a942d65
 def label(r: Record, target: str) -> float:
-    "The length that a record stands for, in tokens."
+    "The length of a record, in tokens, by the rule `target`."
     return dict(mean=r.mean, median=float(np.median(r.lengths)), first=float(r.lengths[0]))[target]
 
 
 def as_dataset(ranker: Ranker, records: Sequence[Record], target: str = "mean") -> Dataset:
-    "Token ids, lengths (`labels`; all in `runs`), censored flags, standard errors and groups: what `RankTrainer` reads."
+    "What `RankTrainer` reads: token ids, lengths (`labels`; every run in `runs`), censored flags, standard errors and groups."
     ids, groups = ranker.encode([r.prompt for r in records]), {m: i for i, m in enumerate(sorted({r.model for r in records}))}
     most, group = max(len(r.lengths) for r in records), [groups[r.model] for r in records]
     return Dataset.from_dict(dict(
@@ -155,7 +155,7 @@ def check_records(records: Sequence[Record], cfg: TrainConfig) -> None:
         raise DataError(f"no loss {cfg.loss!r}; there are {sorted(LOSSES)}")
     models = sorted({r.model for r in records})
     if len(models) != 1:
-        raise DataError(f"lengths of {len(models)} models: {models[:5]}; choose one with --target (lengths of two models make no pair)")
+        raise DataError(f"lengths of {len(models)} models: {models[:5]}; choose one with --target (lengths of two models can't be compared)")
 
 # %% ../nbs/09_train.ipynb #7b885a7d
 def train(
@@ -170,7 +170,7 @@ def train(
     check_records(records, cfg)
     parts = dict(zip(("train", "val", "test"), split(records, seed=cfg.seed), strict=True))
     if small := [k for k, v in parts.items() if len(v) < 2]:
-        raise DataError(f"{len(records)} prompts leave fewer than 2 for {small}; collect at least some 50")
+        raise DataError(f"{len(records)} prompts leave fewer than 2 for {small}; collect at least about 50")
     check_admissible(parts["train"], cfg.delta)
     set_seed(cfg.seed)
     ranker = new_ranker(parts["train"], cfg)

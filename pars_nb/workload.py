@@ -23,7 +23,7 @@ class Workload(BaseModel, frozen=True):
     arrivals: list[float]
     prompts: list[str]
     lengths: list[int]
-    scores: list[float] = []  # made beforehand, for queues that are told them with the request
+    scores: list[float] = []  # made beforehand; sent with the request where a queue reads them
 
 
 def make_workload(
@@ -47,7 +47,7 @@ def make_workload(
 
 
 def _window(gaps: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
-    "`n` gaps in a row, from a random place (round the end where there are too few), with mean 1."
+    "`n` gaps in a row, from a random place (repeated where there are too few), with mean 1."
     x = np.roll(gaps, -int(rng.integers(len(gaps))))
     x = np.resize(x, n)
     return x / x.mean() if x.sum() > 0 else np.ones(n)

@@ -386,8 +386,7 @@ def preempted(url):
 @app.command()
 def small_cache(requests: int = 120, bursts: int = 3, blocks: int = 100, seqs: int = 32):
     "A real engine with a small KV cache: FCFS in our class and the default, each with room and without; by turns, after a burst to learn from."
-    roomy = dict(room=1.0)
-    queues = {"FCFS (our class)": dict(policy="fcfs"), "FCFS, room": dict(tail=0.0, lane=0.0, **roomy), "PARS": {}, "PARS, room": roomy}
+    queues = {"FCFS (our class)": dict(policy="fcfs"), "FCFS, room": dict(tail=0.0, lane=0.0), "PARS, no room": dict(room=None), "PARS": {}}
     rows = []
     with ExitStack() as stack:
         urls = {k: stack.enter_context(serving(None, "--served-model-name", "tiny", "--max-num-seqs", str(seqs), "--max-model-len", "1536",

@@ -5,6 +5,7 @@ JSON in results/learning. Requests finish in the order they came; each is predic
     python studies/learning.py parts --data ../shared/data --tokenizer MODEL_FOLDER
     python studies/learning.py clocked --data ../shared/data --tokenizer MODEL_FOLDER --engine results/arena/engine_cpu.json
     python studies/learning.py prior --data ../shared/data --tokenizer MODEL_FOLDER
+    python studies/learning.py known --data ../shared/data --tokenizer MODEL_FOLDER
     python studies/learning.py live --minutes 30
     python studies/learning.py cost --data ../shared/data --tokenizer MODEL_FOLDER
 """
@@ -263,6 +264,20 @@ def prior(data: Data, tokenizer: Words, seeds: int = 2, most: int = 1000) -> Non
         out[file] = {k: dict(median=median([r["blocks"] for r in v]), first_followed=[r["first_followed"] for r in v]) for k, v in runs.items()}
         print(file, json.dumps(out[file]), flush=True)
     write("learning/prior", cuts=cuts, seeds=seeds, streams=out)
+
+
+@app.command()
+def known(data: Data, tokenizer: Words, stream: str = "alpaca_davinci003", after: str = "100,1000,10000", shown: int = 300, seed: int = 0) -> None:
+    "What a fit on the first requests says of the next ones, request by request: predicted and real tokens."
+    source, cuts, out = Source(data, tokenizer), [int(a) for a in after.split(",")], []
+    t = source.one(stream, None, cuts[-1] + shown, seed)
+    rows = [Row(s, int(n)) for s, n in zip(source.signals(t), t.lengths, strict=True)]
+    for cut in cuts:
+        model, real = fit(rows[:cut]), t.lengths[cut : cut + shown]
+        said = np.exp([model.log_length(model.score(r.signals)) for r in rows[cut : cut + shown]])
+        out.append(dict(after=cut, tau_b=_tau(said, real), predicted=said.round(1).tolist(), real=real.astype(int).tolist()))
+        print(cut, out[-1]["tau_b"])
+    write("learning/known", stream=stream, seed=seed, shown=shown, rows=out)
 
 
 @dataclass

@@ -4,6 +4,7 @@ writes one JSON into results/serving.
     python studies/serving.py load --ranker runs/real/alpaca_davinci003_student --data ../shared/data/alpaca_davinci003.parquet \\
         --trace ../shared/data/trace_azure2023_conv.parquet
 """
+import gc
 import json
 import time
 from pathlib import Path
@@ -96,7 +97,8 @@ def harm(data: Data, target: str | None = None, requests: int = 1000, seeds: int
     write("serving/harm", requests=requests, summary=json.loads(table(pd.DataFrame(rows)).to_json(orient="records")), runs=rows)
 
 
-KINDS = {"FCFS (stock)": {}, "priority (stock)": dict(scheduling_policy="priority"), CONTROL: ours(policy="fcfs"), "PARS": ours(client_scores=True)}
+KINDS = {"FCFS (stock)": {}, "priority (stock)": dict(scheduling_policy="priority"), CONTROL: ours(policy="fcfs"),
+         "PARS, no room": ours(client_scores=True, room=None), "PARS": ours(client_scores=True)}
 
 
 def step_cost(kind, waiting, steps, seed):
@@ -117,6 +119,8 @@ def step_cost(kind, waiting, steps, seed):
     pool = [request(i) for i in range(waiting + 8 * steps)]
     for r in pool[:waiting]:
         s.add_request(r)
+    gc.collect()
+    gc.freeze()  # as vLLM's engine does when it has started
     step, join, fresh = [], [], iter(pool[waiting:])
     for _ in range(steps):
         start = time.perf_counter()

@@ -18,7 +18,7 @@ from nbconvert import MarkdownExporter
 ROOT = Path(__file__).resolve().parent.parent
 PAGES, SITE = ROOT / "_docs/pages", ROOT / "_docs/site"
 GROUPS = {"Start here": "69 79 70", "Learn lengths": "0", "Score prompts": "1", "Order the queue": "2", "Serve": "3", "Foresee": "4",
-          "Engines and fleets": "5", "Commands": "6", "Studies": "7"}
+          "Engines and fleets": "5", "Commands": "6", "Studies": "7 8"}
 CONFIG = dict(
     site_name="pars_nb", docs_dir="pages", site_dir="site", use_directory_urls=False, strict=True,
     theme=dict(name="material", font=False, features=["navigation.footer", "navigation.indexes", "navigation.top", "toc.follow"],
@@ -117,7 +117,7 @@ def navigation(books):
     first = [stem for number in GROUPS["Start here"].split() for stem in books if stem.startswith(number)]
     yield {"Start here": ["index.md", *(f"nbs/{stem}.md" for stem in first)]}
     for name, digit in list(GROUPS.items())[1:]:
-        yield {name: [f"nbs/{stem}.md" for stem in books if stem.startswith(digit) and stem not in first]}
+        yield {name: [f"nbs/{stem}.md" for stem in books if stem.startswith(tuple(digit.split())) and stem not in first]}
     yield {"Results": ["results/README.md"]}
     yield {"API": [f"api/{module.stem}.md" for module, _ in modules()]}
 
