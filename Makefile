@@ -66,8 +66,8 @@ conformance: $(VENV)/test.ok  ## vLLM's own scheduler tests, stock and with our 
 matrix: $(VENV)/test.ok  ## vLLM 0.29 to 0.33: its own tests, our order, a real engine each: results/serving/matrix.json (an hour)
 	for part in order tests engines resolve; do python studies/versions.py $$part || exit 1; done
 
-fleet-demo: $(VENV)/test.ok  ## two replicas on Ray, a burst and a stream through four routers: results/fleet
-	python studies/fleet.py demo
+fleet-demo: $(VENV)/test.ok  ## two replicas on Ray, a burst and a stream through four routers, one of them twice: results/fleet (6 minutes)
+	python studies/fleet.py demo --control
 
 results: $(VENV)/test.ok  ## results/README.md: every result and its command
 	python tools/results.py

