@@ -299,7 +299,7 @@ LOOK = 16  # steps between two looks at all running requests, while there is ple
 class RoomyScheduler(ExpectingScheduler):
     "Admits a request when the KV cache has room for it and the running ones at their expected size."
     ahead: Ahead | None = None  # of the current step
-    tokens = math.inf  # of the KV cache when it was last looked at
+    tokens = 0.0  # of the KV cache when it was last looked at
     most = math.inf  # tokens that the running requests will hold, at the most
     looked = 0  # steps ago
     if "max_num_active_reqs" in names_of(stock(ShownScheduler, False)):  # vLLM 0.31 and later
