@@ -15,4 +15,4 @@ ruff check -q
 mypy
 python tools/results.py --check
 python tools/house.py
-python tools/outputs.py
+python tools/outputs.py --strict
