@@ -278,7 +278,10 @@ def follow_async(cls: type) -> type:
 
 def _either(name: str, with_async: type, without: type) -> Any:
     def method(self: Any, *args: Any, **kw: Any) -> Any:
-        return getattr(with_async if self.is_async else without, name)(self, *args, **kw)
+        chosen = getattr(with_async if self.is_async else without, name).__get__(self)
+        if getattr(type(self), name) is method:
+            vars(self)[name] = chosen  # called for each token, so the next call goes straight there
+        return chosen(*args, **kw)
 
     method.__name__ = name
     return method

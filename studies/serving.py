@@ -7,6 +7,7 @@ writes one JSON into results/serving.
 import gc
 import json
 import time
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -101,8 +102,9 @@ KINDS = {"FCFS (stock)": {}, "priority (stock)": dict(scheduling_policy="priorit
          "PARS, no room": ours(client_scores=True, room=None), "PARS": ours(client_scores=True)}
 
 
-def step_cost(kind, waiting, steps, seed):
-    "Microseconds a step (schedule and update), and a joining request, with so many waiting; eight requests end in each step."
+def step_cost(kind, waiting, steps, seed, tokens):
+    """Microseconds a step (schedule and update), and a joining request, with so many waiting and 64 running. Answers have `tokens` tokens in
+    the mean, so 64 / tokens requests end in a step, and as many join."""
     from vllm import SamplingParams
     from vllm.utils.hashing import sha256
     from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
@@ -113,10 +115,10 @@ def step_cost(kind, waiting, steps, seed):
     rng, s, hasher = np.random.default_rng(seed), scheduler_of(**KINDS[kind]), get_request_block_hasher(16, sha256)
     def request(i):
         x = rng.lognormal(4, 1)
-        p = SamplingParams(max_tokens=8, ignore_eos=True, extra_args={"pars_score": float(x)})
+        p = SamplingParams(max_tokens=int(rng.integers(1, 2 * tokens)), ignore_eos=True, extra_args={"pars_score": float(x)})
         p.update_from_generation_config({}, 2)
         return Request(f"{kind}-{i}", rng.integers(5, 200, 32).tolist(), p, None, arrival_time=time.time(), priority=int(x), block_hasher=hasher)
-    pool = [request(i) for i in range(waiting + 8 * steps)]
+    pool = [request(i) for i in range(waiting + 100 * steps // tokens + 100)]
     for r in pool[:waiting]:
         s.add_request(r)
     gc.collect()
@@ -132,7 +134,7 @@ def step_cost(kind, waiting, steps, seed):
         s.update_from_output(out, result)
         end = time.perf_counter()
         step.append(1e6 * (mid - start + end - a))
-        for r in [next(fresh, None) for _ in range(8)]:
+        for r in [next(fresh) for _ in range(rng.poisson(64 / tokens))]:
             start = time.perf_counter()
             s.add_request(r)
             join.append(1e6 * (time.perf_counter() - start))
@@ -140,15 +142,13 @@ def step_cost(kind, waiting, steps, seed):
 
 
 @app.command("step")
-def steps(steps: int = 60, seeds: int = 5):
-    "The scheduler's own cost by queue length: ours against vLLM's FCFS and priority queues."
+def steps(steps: int = 200, seeds: int = 3):
+    "The scheduler's own cost by queue length: ours against vLLM's FCFS and priority queues; long answers, and very short ones."
     rows = []
-    for waiting in (100, 1000, 10_000, 100_000):
-        for seed in range(seeds):
-            for kind in KINDS:
-                step, join = step_cost(kind, waiting, steps, seed)
-                rows.append(dict(queue=kind, waiting=waiting, seed=seed, step_us=step, join_us=join))
-                print(rows[-1], flush=True)
+    for tokens, waiting, seed, kind in product((200, 8), (100, 10_000, 100_000), range(seeds), KINDS):
+        step, join = step_cost(kind, waiting, steps, seed, tokens)
+        rows.append(dict(queue=kind, tokens=tokens, waiting=waiting, seed=seed, step_us=step, join_us=join))
+        print(rows[-1], flush=True)
     write("serving/step", rows=rows)
 
 
