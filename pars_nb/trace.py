@@ -138,10 +138,10 @@ def _requests(rows: Iterable[Row], layout: Layout, name: str, limit: int) -> Tra
         output.append(length)
     if not at:
         raise DataError(f"{name}: no complete rows ({dict(dropped)})")
-    ns = np.frombuffer(at, np.int64)
-    order = np.argsort(ns, kind="stable")[:limit]
+    arrival = seconds(np.frombuffer(at, np.int64))
+    order = np.argsort(arrival, kind="stable")[:limit]  # by microseconds, which every format holds
     arrays = [np.frombuffer(a, np.int64)[order] for a in (prompt, output)]
-    return Trace(Requests(seconds(ns[order]), *arrays), layout.name, len(at) + sum(dropped.values()), dict(dropped))
+    return Trace(Requests(arrival[order], *arrays), layout.name, len(at) + sum(dropped.values()), dict(dropped))
 
 
 def _incomplete(values: dict[str, Any], layout: Layout) -> str:
