@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from threading import Thread
 from typing import Any
 from uuid import uuid4
 
@@ -28,20 +29,24 @@ def _answers(meta: Any) -> Callable[[float], float]:
 
 
 class ServerTables:
-    "A score server's tables. They are asked for when a score comes, so a router starts while the server is away; NaN until it is back."
+    "A score server's tables. A thread asks for them when a score comes, so no choice waits for the server; NaN until they are here."
 
     def __init__(self, url: str, retry_s: float = 30.0) -> None:
         self.url, self.retry_s, self.retry_at = url, retry_s, 0.0
         self.answer: Callable[[float], float] | None = None
 
     def __call__(self, score: float) -> float:
-        from pars_nb.backends import open_ranker  # it brings torch
-
         if self.answer is None and time.monotonic() >= self.retry_at:
             self.retry_at = time.monotonic() + self.retry_s
-            with suppress(RankerError):
-                self.answer = _answers(open_ranker(self.url).meta)
+            Thread(target=self.ask, name="pars-tables", daemon=True).start()
         return self.answer(score) if self.answer else math.nan
+
+    def ask(self) -> None:
+        "Ask once; nothing changes if the server does not answer."
+        from pars_nb.backends import open_ranker  # it brings torch
+
+        with suppress(RankerError):
+            self.answer = _answers(open_ranker(self.url).meta)
 
 
 def length_of(ranker: str | None) -> Callable[[float], float]:

@@ -384,7 +384,7 @@ def preempted(url):
 
 
 @app.command()
-def small_cache(requests: int = 120, bursts: int = 3, blocks: int = 100, seqs: int = 32):
+def small_cache(requests: int = 120, bursts: int = 3, blocks: int = 40, seqs: int = 32):
     "A real engine with a small KV cache: FCFS in our class and the default, each with room and without; by turns, after a burst to learn from."
     queues = {"FCFS (our class)": dict(policy="fcfs"), "FCFS, room": dict(tail=0.0, lane=0.0), "PARS, no room": dict(room=None), "PARS": {}}
     rows = []
