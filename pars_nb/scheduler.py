@@ -62,7 +62,7 @@ class PARSConfig(BaseModel, extra="forbid", populate_by_name=True):
     spread: Literal["none", "tail", "gittins"] = "none"  # with a ranker of loss `lognormal`: weigh how sure it is
     backend: str = "auto"  # what runs the ranker: torch, onnx, onnx-int8, openvino, openvino-int8; auto: the fastest that agrees
     scorer_threads: int = Field(1, ge=1)  # cores the ranker may take from the engine (exported backends)
-    room: float | None = Field(1.0, ge=0)  # KV cache kept free, in standard deviations of the expected growth; None: admit as vLLM does
+    room: float | None = Field(None, ge=0)  # KV cache kept free, in standard deviations of the expected growth; None: admit as vLLM does
     use_max_tokens: bool = True  # a request's `max_tokens` caps its score, unless the client forces the length (`ignore_eos`)
     client_scores: bool = False  # let a request bring its score, `vllm_xargs: {"pars_score": 12.5}`, on the ranker's scale
     max_unscored: int = Field(10_000, ge=1)  # most prompts that wait for a score; further ones get none

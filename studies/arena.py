@@ -386,7 +386,7 @@ def preempted(url):
 @app.command()
 def small_cache(requests: int = 120, bursts: int = 3, blocks: int = 40, seqs: int = 32):
     "A real engine with a small KV cache: FCFS in our class and the default, each with room and without; by turns, after a burst to learn from."
-    queues = {"FCFS (our class)": dict(policy="fcfs"), "FCFS, room": dict(tail=0.0, lane=0.0), "PARS, no room": dict(room=None), "PARS": {}}
+    queues = {"FCFS (our class)": dict(policy="fcfs"), "FCFS, room": dict(tail=0.0, lane=0.0, room=1.0), "PARS": {}, "PARS, room": dict(room=1.0)}
     rows = []
     with ExitStack() as stack:
         urls = {k: stack.enter_context(serving(None, "--served-model-name", "tiny", "--max-num-seqs", str(seqs), "--max-model-len", "1536",

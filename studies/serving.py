@@ -99,7 +99,7 @@ def harm(data: Data, target: str | None = None, requests: int = 1000, seeds: int
 
 
 KINDS = {"FCFS (stock)": {}, "priority (stock)": dict(scheduling_policy="priority"), CONTROL: ours(policy="fcfs"),
-         "PARS, no room": ours(client_scores=True, room=None), "PARS": ours(client_scores=True)}
+         "PARS": ours(client_scores=True), "PARS, room": ours(client_scores=True, room=1.0)}
 
 
 def step_cost(kind, waiting, steps, seed, tokens):
