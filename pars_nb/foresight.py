@@ -132,7 +132,7 @@ class Switching(Told[K_]):
             self.stale = list(waiting())[::-1]
         return self.follows != before
 
-    def again(self, most: int = 128) -> list[tuple[K_, float | None]]:
+    def again(self, most: int = 32) -> list[tuple[K_, float | None]]:
         "The next few stale requests, with their new predictions."
         keys = [self.stale.pop() for _ in range(min(most, len(self.stale)))]
         return list(zip(keys, self.many(keys), strict=True))

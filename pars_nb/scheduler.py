@@ -153,9 +153,17 @@ class TaughtScheduler(OrderedScheduler):
         if self.express.seen(at, length + self.pars.prefill_token * t.prefill):
             self.waiting.q.policy = self.policy_now()  # for new requests; waiting ones keep their places
         if self.trust.seen(t.score, length, at):
-            self.waiting.q.set_policy(self.policy_now())
+            self.trusted()
             log.warning("PARS: τ_b of %s and real length is %.2f over the last %d finished requests; the order is followed at %.0f %%",
                         self.foresight.follows, self.trust.tau, len(self.trust.recent), 100 * self.trust.value)
+
+    def trusted(self) -> None:
+        "The trust has changed. The tail rule's knobs follow it and its keys stay; only another kind of policy orders all requests again."
+        q, policy = self.waiting.q, self.policy_now()
+        if type(policy) is type(q.policy):
+            q.policy = policy
+        else:
+            q.set_policy(policy)
 
     def follow(self) -> None:
         "Follow another candidate: its costs have another scale, and it must earn trust anew."
