@@ -964,6 +964,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'pars_nb/scheduler.py'),
                                    'pars_nb.scheduler.TaughtScheduler.take_lengths': ( 'scheduler.html#taughtscheduler.take_lengths',
                                                                                        'pars_nb/scheduler.py'),
+                                   'pars_nb.scheduler.TaughtScheduler.trusted': ( 'scheduler.html#taughtscheduler.trusted',
+                                                                                  'pars_nb/scheduler.py'),
                                    'pars_nb.scheduler.client_score': ('scheduler.html#client_score', 'pars_nb/scheduler.py'),
                                    'pars_nb.scheduler.fair_queue': ('scheduler.html#fair_queue', 'pars_nb/scheduler.py'),
                                    'pars_nb.scheduler.free_max_tokens': ('scheduler.html#free_max_tokens', 'pars_nb/scheduler.py'),
