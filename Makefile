@@ -46,10 +46,11 @@ demo: $(VENV)/demo.ok  ## the whole loop on the embedded LLM: collect, train, se
 check: $(VENV)/test.ok  ## notebooks and modules agree; ruff; mypy; the house rules
 	sh tools/check.sh
 
-# notebooks run side by side, each in a kernel of its own; nbdev-test leaves those out that start an engine, because pytest runs them
+# notebooks run side by side, each in a kernel of its own (three on two cores, because they also wait); nbdev-test leaves those out that
+# start an engine, because pytest runs them
 test: check  ## all checks, nbdev-test, then every asserting cell as a pytest item
-	OMP_NUM_THREADS=1 nbdev-test --skip-file-re "$$(python tools/engines.py)" --n-workers 2
-	pytest -q -n 2 --dist loadfile nbs
+	OMP_NUM_THREADS=1 nbdev-test --skip-file-re "$$(python tools/engines.py)" --n-workers 3
+	pytest -q -n 3 --dist loadfile nbs
 
 test-slow: $(VENV)/test.ok  ## the cells that take minutes too
 	pytest -q nbs --flags slow

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 
 import nbformat
 import pytest
+from kernels import Forks
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
@@ -66,7 +67,8 @@ class Notebook(pytest.File):
     def run_until(self, stop):
         "Run what has not run yet, up to the cell at `stop`."
         if self.client is None:
-            self.client = NotebookClient(self.book, timeout=None, kernel_name="python3", resources=dict(metadata=dict(path=str(self.path.parent))))
+            self.client = NotebookClient(self.book, timeout=None, kernel_name="python3", kernel_manager_class=Forks,
+                                         resources=dict(metadata=dict(path=str(self.path.parent))))
             self.held.enter_context(self.client.setup_kernel())
         if self.broken:
             pytest.fail(f"an earlier cell of {self.path.name} failed ({self.broken})", pytrace=False)
