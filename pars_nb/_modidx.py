@@ -962,6 +962,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'pars_nb/scheduler.py'),
                                    'pars_nb.scheduler.TaughtScheduler.follow': ( 'scheduler.html#taughtscheduler.follow',
                                                                                  'pars_nb/scheduler.py'),
+                                   'pars_nb.scheduler.TaughtScheduler.look': ( 'scheduler.html#taughtscheduler.look',
+                                                                               'pars_nb/scheduler.py'),
                                    'pars_nb.scheduler.TaughtScheduler.take_lengths': ( 'scheduler.html#taughtscheduler.take_lengths',
                                                                                        'pars_nb/scheduler.py'),
                                    'pars_nb.scheduler.TaughtScheduler.trusted': ( 'scheduler.html#taughtscheduler.trusted',

@@ -172,13 +172,19 @@ class TaughtScheduler(OrderedScheduler):
         log.info("PARS: the order follows %s now", self.foresight.follows)
 
     def take_lengths(self) -> None:
-        "New predictions move waiting requests, some in each step."
+        "New predictions move waiting requests, some in each step; the cache may hold more or less of their prompts by now."
         q = self.waiting.q
         if self.foresight.poll(lambda: list(q.waiting)):
             self.follow()
         for request, length in self.foresight.again():
             if request in q:
+                self.look(request)
                 q.set_score(request, length)
+
+    def look(self, request: Request) -> None:
+        "How much of its prompt would have to be computed now?"
+        cached = self.kv_cache_manager.get_computed_blocks(request)[1]
+        self.waiting.q.tickets[request].prefill = max(0, request.num_prompt_tokens - cached)
 
 # %% ../nbs/36_scheduler.ipynb #a4dacac0
 class AskingScheduler(TaughtScheduler):
@@ -191,8 +197,7 @@ class AskingScheduler(TaughtScheduler):
 
     def ask(self, request: Request, now: float) -> None:
         "See how much of the prompt the cache holds, and hand it to the scorer."
-        cached = self.kv_cache_manager.get_computed_blocks(request)[1]
-        self.waiting.q.tickets[request].prefill = max(0, request.num_prompt_tokens - cached)
+        self.look(request)
         if self.scores.thread is None or not request.prompt_token_ids or self.foresight.has(request):
             self.place(request)
         elif self.scores.thread.submit(request, request.prompt_token_ids):
