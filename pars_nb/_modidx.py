@@ -734,6 +734,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'pars_nb.policy.Scale.__init__': ('policy.html#scale.__init__', 'pars_nb/policy.py'),
                                 'pars_nb.policy.Scale.middle': ('policy.html#scale.middle', 'pars_nb/policy.py'),
                                 'pars_nb.policy.Scale.of': ('policy.html#scale.of', 'pars_nb/policy.py'),
+                                'pars_nb.policy.Scale.place': ('policy.html#scale.place', 'pars_nb/policy.py'),
                                 'pars_nb.policy.Threshold': ('policy.html#threshold', 'pars_nb/policy.py'),
                                 'pars_nb.policy.Threshold.due': ('policy.html#threshold.due', 'pars_nb/policy.py'),
                                 'pars_nb.policy.Threshold.key': ('policy.html#threshold.key', 'pars_nb/policy.py')},

@@ -27,6 +27,7 @@ class Ticket:
     front: int = 0  # below 0: it was preempted and stands at the front of its class
     key: float | None = None  # its place by the policy, smaller first; made once
     at: float | None = None  # quantile of its cost among recent ones, if the policy uses it
+    scale: Any = None  # what remembers its cost (see `policy`)
     claim: Any = None  # its part of the shadow queue (see `tail`)
     tenant: Any = None  # the account that pays for it (see `tenants`)
     starts_by: float | None = None  # seconds: admitted later than this, it misses its objective (see `deadlines`)

@@ -122,18 +122,20 @@ class Switching(Told[K_]):
     def __init__(self, *args: Any, **kw: Any) -> None:
         super().__init__(*args, **kw)
         self.stale: list[K_] = []  # to be predicted again, the next one last
+        self.followed = self.follows  # at the last change
 
     def poll(self, waiting: Callable[[], Sequence[K_]]) -> bool:  # is another candidate followed?
         "Take over the learner's verdict; call once per step. `waiting` lists waiting requests and is called only after a change."
-        if self.learner is None:
+        if self.learner is None or not self.learner.poll():
             return False
-        before = self.follows
-        if self.learner.poll():
-            self.stale = list(waiting())[::-1]
-        return self.follows != before
+        self.stale = list(waiting())[::-1]
+        before, self.followed = self.followed, self.follows
+        return self.followed != before
 
     def again(self, most: int = 32) -> list[tuple[K_, float | None]]:
         "The next few stale requests, with their new predictions."
+        if not self.stale:
+            return []
         keys = [self.stale.pop() for _ in range(min(most, len(self.stale)))]
         return list(zip(keys, self.many(keys), strict=True))
 

@@ -963,10 +963,11 @@ class Served:
 
     def __init__(self, engines: Engines, settings: dict[str, Any], rows: list[Row]) -> None:
         self.engines, self.settings, self.running = engines, settings, dict[Connection, list[Row]]()
-        self.core, wrong = _start_core(settings, settings["share"], len(rows) < 256)
+        self.core, wrong = _start_core(settings, None, len(rows) < 256)
         self.fleet = Upstream(settings["fleet"], settings["target"]) if settings["fleet"] else None
         self.news, self.told, self.quiet, self.saved, self.wrong = False, 0, 0.0, time.monotonic(), wrong
-        self.learn(rows)
+        self.learn(rows)  # what an earlier process knew, and without a limit, because the engine waits for it
+        self.core.share = settings["share"]
         if wrong:
             self.tell(wrong)
 

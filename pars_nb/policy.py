@@ -63,6 +63,13 @@ class Scale:
                 del self.sorted[bisect_left(self.sorted, self.recent.popleft())]
         return self.of(cost)
 
+    def place(self, t: Ticket, cost: float) -> float:
+        "The quantile of the ticket's cost. A request counts once, however often it is predicted; else those that wait long would fill the scale."
+        if t.scale is self:
+            return self.of(cost)
+        t.scale = self
+        return self(cost)
+
     def of(self, cost: float) -> float:
         "The cost's quantile, interpolated between values, the middle on a tie; 0.5 while nothing is known."
         costs = self.sorted
@@ -97,7 +104,7 @@ class PARS:
         cost = self.cost(t)
         if cost is None:
             return t.arrival
-        quantile = self.scale(cost)
+        quantile = self.scale.place(t, cost)
         if quantile >= self.express:
             return t.arrival
         return t.arrival - self.max_overtake_s * (1 - quantile / self.express)

@@ -226,15 +226,17 @@ class ShownScheduler(AskingScheduler):
 
     def count(self, admitted: list[Any], now: float) -> None:
         "Count what the step did to waiting requests."
-        q, oldest = self.waiting.q, self.waiting.q.oldest()
+        q = self.waiting.q
+        oldest = q.oldest() if admitted else math.inf
         for new in admitted:
             request = self.requests[new.req_id]
             if (t := q.tickets.get(request)) is not None:
                 cost = self.foresight.cost(t)
                 self.meters.admitted(now - t.arrival, None if cost is None else self.scale.of(cost), oldest < t.arrival)
                 self.meters.inc("unscored_admissions", request in self.asked)
-        self.meters.inc("promotions", q.promoted)
-        q.promoted = 0
+        if q.promoted:
+            self.meters.inc("promotions", q.promoted)
+            q.promoted = 0
         self.meters.poll(log, partial(self.state, now))
 
     def state(self, now: float) -> State:

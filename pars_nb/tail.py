@@ -145,7 +145,7 @@ class Tail:
     def key(self, t: Ticket) -> float:
         "Its cost; without one, the median cost."
         cost = self.cost(t)
-        t.at = None if cost is None else self.scale(cost)
+        t.at = None if cost is None else self.scale.place(t, cost)
         return self.scale.middle if cost is None else cost
 
     def claim(self, t: Ticket) -> int:

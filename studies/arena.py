@@ -357,6 +357,35 @@ def show_memory(table, row):
               f" {x.mean_e2el_ratio:5.2f} / {x.p99_e2el_ratio:5.2f}, {x.preemptions:.0f}", flush=True)
 
 
+@app.command()
+def price(folder: Annotated[Path, typer.Option(help="folder with the traces")], n: int = 5000, seeds: int = 3,
+          prices: list[float] = [0, 0.05, 0.1, 0.2, 0.36, 0.6, 1.0], taus: list[float] = [1.0, 0.5]):  # noqa: B006
+    "Under the tail rule, does it matter what a prompt token costs (in decode tokens)? Where the KV cache is short; medians over seeds, over FCFS."
+    rows = []
+    for row, (trace, times, blocks, rho) in SHORT_OF_MEMORY.items():
+        e = GPU.model_copy(update=dict(blocks=blocks))
+        for seed in range(seeds):
+            base = traced(folder, trace, times, n, seed)
+            base = base._replace(arrival=base.arrival / (rho * capacity(base, e)))
+            stock = timed(simulate(base, e, FCFS()))
+            for tau in taus:
+                r = at_scores(base, tau, seed)
+                rows += [dict(row=row, tau=tau, price=p) | {k: v / stock[k] for k, v in timed(simulate(r, e, tail_on(Predicted(p)))).items()}
+                         for p in prices]
+    table = pd.DataFrame(rows).groupby(["row", "tau", "price"], sort=False).median().round(3).reset_index()
+    print(table.to_string())
+    own = {row: round(e.prefill_s * e.max_num_seqs / step_of(e), 3) for row, (_, _, blocks, _) in SHORT_OF_MEMORY.items()
+           for e in [GPU.model_copy(update=dict(blocks=blocks))]}
+    write("arena/price", n=n, seeds=seeds, engine=GPU.model_dump(exclude={"blocks"}), engines_own_price=own,
+          table=json.loads(table.to_json(orient="records")))
+
+
+def timed(s):
+    "Mean NTPOT and E2EL, and p99 E2EL, in milliseconds."
+    d = s.latencies()
+    return dict(mean_ntpot=d.ntpot.mean(), mean_e2el=d.e2el.mean(), p99_e2el=float(np.percentile(d.e2el, 99)))
+
+
 def counting(n, seed):
     "Prompts that name a number, and answers that are about as long."
     rng = np.random.default_rng(seed)
