@@ -132,6 +132,11 @@ class OrderedScheduler(AsyncScheduler):
         "The policy, at the trust that the followed prediction has now."
         return make_policy(self.pars, self.scale, self.foresight.cost, self.express, self.trust.value)
 
+    def look(self, request: Request) -> None:
+        "How much of its prompt would have to be computed now?"
+        cached = self.kv_cache_manager.get_computed_blocks(request)[1]
+        self.waiting.q.tickets[request].prefill = max(0, request.num_prompt_tokens - cached)
+
     def _free_request(self, request: Request, *args: Any, **kw: Any) -> Any:
         t = self.waiting.q.tickets.get(request)
         if t is not None:
@@ -180,11 +185,6 @@ class TaughtScheduler(OrderedScheduler):
             if request in q:
                 self.look(request)
                 q.set_score(request, length)
-
-    def look(self, request: Request) -> None:
-        "How much of its prompt would have to be computed now?"
-        cached = self.kv_cache_manager.get_computed_blocks(request)[1]
-        self.waiting.q.tickets[request].prefill = max(0, request.num_prompt_tokens - cached)
 
 # %% ../nbs/36_scheduler.ipynb #a4dacac0
 class AskingScheduler(TaughtScheduler):
