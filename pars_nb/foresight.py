@@ -7,6 +7,7 @@ __all__ = ['K_', 'Predicted', 'Shown', 'Foresight', 'Told', 'Switching']
 
 # %% ../nbs/32_foresight.ipynb #844d9422
 import math
+from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -48,6 +49,7 @@ class Foresight(Generic[K_]):
         self.start, self.table, self.prefill_token = start, table, prefill_token
         self.learner: Learner | None = None
         self.shown: dict[K_, Shown] = {}
+        self.lately: deque[Shown] = deque(maxlen=256)  # the last that arrived, ended or not
 
     @property
     def learned(self) -> bool:
@@ -76,6 +78,7 @@ class Told(Foresight[K_]):
     def came(self, key: K_, signals: Signals | None) -> None:
         "A request has arrived."
         self.shown[key] = Shown(signals)
+        self.lately.append(self.shown[key])
 
     def given(self, key: K_, score: float | None) -> None:
         "The ranker has scored it, or the client sent a score."
@@ -92,12 +95,21 @@ class Told(Foresight[K_]):
 
     def many(self, keys: Sequence[K_]) -> list[float | None]:
         "`says` for many at once, some microseconds each."
-        known = [self.shown.get(k, Shown()) for k in keys]
+        return self.predicted([self.shown.get(k, Shown()) for k in keys])
+
+    def predicted(self, known: Sequence[Shown]) -> list[float | None]:
+        "What is followed now says of requests of which this is known."
         if self.learner is not None and self.learned:
             seen = [(k.signals, k.given) for k in known if k.signals is not None]
             logs = iter(self.learner.predict_many([s for s, _ in seen], [g for _, g in seen]).tolist())
             return [_length(next(logs)) if k.signals is not None else None for k in known]
         return [None if k.given is None else self.table.answer(k.given) if self.table else k.given for k in known]
+
+    def usual(self) -> list[float]:
+        "Costs of the last arrivals by what is followed now, ascending; prompts count as uncached."
+        cost, said = self.cost, self.predicted(self.lately)
+        tickets = [Ticket(0.0, 0, score=x, prefill=k.signals.tokens if k.signals else 0) for k, x in zip(self.lately, said, strict=True)]
+        return sorted(c for t in tickets if (c := cost(t)) is not None and math.isfinite(c))
 
     def ended(self, key: K_, length: int, quantile: float | None = None, cut: bool = False) -> None:
         "Its answer is complete, after `length` tokens; `cut`: it was cut off and would have been longer."

@@ -8,7 +8,6 @@ __all__ = ['SECONDS', 'COUNTERS', 'GAUGES', 'HISTOGRAMS', 'LABELS', 'families', 
 # %% ../nbs/34_meters.ipynb #bb6d95d8
 import logging
 import math
-import time
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -95,15 +94,15 @@ class Meters(Counts):
 
     def __init__(self, engine: int = 0, log_every_s: float = 60.0) -> None:
         super().__init__(engine)
-        self.log_every_s, self.said, self.polled = log_every_s, time.monotonic(), -math.inf
+        self.log_every_s, self.said, self.polled = log_every_s, math.inf, -math.inf
 
-    def poll(self, log: logging.Logger, state: Callable[[], State]) -> None:
+    def poll(self, log: logging.Logger, state: Callable[[], State], now: float) -> None:  # now: seconds, of the engine's own clock
         "Set the gauges, at most four times a second, and log the line once a minute. `state` is called only when needed."
-        now = time.monotonic()
-        if now - self.polled < 0.25:
+        if 0 <= now - self.polled < 0.25:
             return
         self.polled, s = now, state()
         self.show(s)
+        self.said = min(self.said, now)  # the first call, or the clock was set back
         if now - self.said >= self.log_every_s:
             self.said = now
             log.info(self.line(s))

@@ -171,8 +171,8 @@ class TaughtScheduler(OrderedScheduler):
             q.set_policy(policy)
 
     def follow(self) -> None:
-        "Follow another candidate: its costs have another scale, and it must earn trust anew."
-        self.scale, self.trust = Scale(), Trust(self.pars.min_tau, self.pars.tau_window)
+        "Follow another candidate: its costs have another scale, that of the last arrivals, and it must earn trust anew."
+        self.scale, self.trust = Scale(self.foresight.usual()), Trust(self.pars.min_tau, self.pars.tau_window)
         self.waiting.q.policy = self.policy_now()
         log.info("PARS: the order follows %s now", self.foresight.follows)
 
@@ -184,6 +184,7 @@ class TaughtScheduler(OrderedScheduler):
         for request, length in self.foresight.again():
             if request in q:
                 self.look(request)
+                q.tickets[request].scale = self.scale  # it has counted: what still waits is longer than what arrives
                 q.set_score(request, length)
 
 # %% ../nbs/36_scheduler.ipynb #a4dacac0
@@ -237,7 +238,7 @@ class ShownScheduler(AskingScheduler):
         if q.promoted:
             self.meters.inc("promotions", q.promoted)
             q.promoted = 0
-        self.meters.poll(log, partial(self.state, now))
+        self.meters.poll(log, partial(self.state, now), now)
 
     def state(self, now: float) -> State:
         "The gauges."
