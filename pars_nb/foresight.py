@@ -105,12 +105,6 @@ class Told(Foresight[K_]):
             return [_length(next(logs)) if k.signals is not None else None for k in known]
         return [None if k.given is None else self.table.answer(k.given) if self.table else k.given for k in known]
 
-    def usual(self) -> list[float]:
-        "Costs of the last arrivals by what is followed now, ascending; prompts count as uncached."
-        cost, said = self.cost, self.predicted(self.lately)
-        tickets = [Ticket(0.0, 0, score=x, prefill=k.signals.tokens if k.signals else 0) for k, x in zip(self.lately, said, strict=True)]
-        return sorted(c for t in tickets if (c := cost(t)) is not None and math.isfinite(c))
-
     def ended(self, key: K_, length: int, quantile: float | None = None, cut: bool = False) -> None:
         "Its answer is complete, after `length` tokens; `cut`: it was cut off and would have been longer."
         known = self.shown.pop(key, None)
@@ -150,6 +144,12 @@ class Switching(Told[K_]):
             return []
         keys = [self.stale.pop() for _ in range(min(most, len(self.stale)))]
         return list(zip(keys, self.many(keys), strict=True))
+
+    def usual(self) -> list[float]:
+        "Costs of the last arrivals by what is followed now, ascending; prompts count as uncached."
+        cost, said = self.cost, self.predicted(self.lately)
+        tickets = [Ticket(0.0, 0, score=x, prefill=k.signals.tokens if k.signals else 0) for k, x in zip(self.lately, said, strict=True)]
+        return sorted(c for t in tickets if (c := cost(t)) is not None and math.isfinite(c))
 
     def running(self, tokens: Sequence[tuple[K_, int]]) -> None:
         "Running requests that are longer than predicted, with their tokens so far: lower bounds for the learner."
