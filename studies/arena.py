@@ -270,6 +270,15 @@ def traced(folder, name, times, n, seed):
     return Requests(np.cumsum(x / x.mean()), prompt, times * output)
 
 
+def short_of_memory(folder, n, seeds):
+    "Row, engine, seed and traffic at the row's load, row by row."
+    for row, (trace, times, blocks, rho) in SHORT_OF_MEMORY.items():
+        e = GPU.model_copy(update=dict(blocks=blocks))
+        for seed in range(seeds):
+            base = traced(folder, trace, times, n, seed)
+            yield row, e, seed, base._replace(arrival=base.arrival / (rho * capacity(base, e)))
+
+
 def at_scores(r, tau, seed):
     "Scores in tokens: right lengths (τ = 1), or with this τ_b in the quantiles of the lengths."
     if tau == 1:
@@ -322,21 +331,19 @@ def memory(folder: Annotated[Path, typer.Option(help="folder with the traces")],
            taus: list[float] = [1.0, 0.5], name: str = "memory"):  # noqa: B006
     "Where the KV cache is short: what a request costs, and room for what it will be. Medians over seeds, relative to FCFS without room."
     rows = []
-    for row, (trace, times, blocks, rho) in SHORT_OF_MEMORY.items():
-        e = GPU.model_copy(update=dict(blocks=blocks))
-        for seed in range(seeds):
-            base = traced(folder, trace, times, n, seed)
-            base = base._replace(arrival=base.arrival / (rho * capacity(base, e)))
-            for tau in taus:
-                r = at_scores(base, tau, seed)
-                for policy, make in memory_policies(e).items():
-                    for room in (None, room_of(r, tau, margin)):
-                        s = simulate(r, e, make(), room=room)
-                        d = s.latencies()
-                        rows.append(dict(row=row, seed=seed, tau=tau, policy=policy, room=room is not None, preemptions=s.preemptions,
-                                         mean_ntpot_ms=d.ntpot.mean(), mean_ttft_ms=d.ttft.mean(), mean_e2el_ms=d.e2el.mean(),
-                                         p99_e2el_ms=float(np.percentile(d.e2el, 99))))
-        show_memory(table := memory_table(rows), row)
+    for row, e, seed, base in short_of_memory(folder, n, seeds):
+        for tau in taus:
+            r = at_scores(base, tau, seed)
+            for policy, make in memory_policies(e).items():
+                for room in (None, room_of(r, tau, margin)):
+                    s = simulate(r, e, make(), room=room)
+                    d = s.latencies()
+                    rows.append(dict(row=row, seed=seed, tau=tau, policy=policy, room=room is not None, preemptions=s.preemptions,
+                                     mean_ntpot_ms=d.ntpot.mean(), mean_ttft_ms=d.ttft.mean(), mean_e2el_ms=d.e2el.mean(),
+                                     p99_e2el_ms=float(np.percentile(d.e2el, 99))))
+        if seed == seeds - 1:
+            show_memory(memory_table(rows), row)
+    table = memory_table(rows)
     write(f"arena/{name}", n=n, seeds=seeds, margin=margin, engine=GPU.model_dump(exclude={"blocks"}),
           table=json.loads(table.to_json(orient="records")))
 
@@ -362,16 +369,12 @@ def price(folder: Annotated[Path, typer.Option(help="folder with the traces")], 
           prices: list[float] = [0, 0.05, 0.1, 0.2, 0.36, 0.6, 1.0], taus: list[float] = [1.0, 0.5]):  # noqa: B006
     "Under the tail rule, does it matter what a prompt token costs (in decode tokens)? Where the KV cache is short; medians over seeds, over FCFS."
     rows = []
-    for row, (trace, times, blocks, rho) in SHORT_OF_MEMORY.items():
-        e = GPU.model_copy(update=dict(blocks=blocks))
-        for seed in range(seeds):
-            base = traced(folder, trace, times, n, seed)
-            base = base._replace(arrival=base.arrival / (rho * capacity(base, e)))
-            stock = timed(simulate(base, e, FCFS()))
-            for tau in taus:
-                r = at_scores(base, tau, seed)
-                rows += [dict(row=row, tau=tau, price=p) | {k: v / stock[k] for k, v in timed(simulate(r, e, tail_on(Predicted(p)))).items()}
-                         for p in prices]
+    for row, e, seed, base in short_of_memory(folder, n, seeds):
+        stock = timed(simulate(base, e, FCFS()))
+        for tau in taus:
+            r = at_scores(base, tau, seed)
+            rows += [dict(row=row, tau=tau, price=p) | {k: v / stock[k] for k, v in timed(simulate(r, e, tail_on(Predicted(p)))).items()}
+                     for p in prices]
     table = pd.DataFrame(rows).groupby(["row", "tau", "price"], sort=False).median().round(3).reset_index()
     print(table.to_string())
     own = {row: round(e.prefill_s * e.max_num_seqs / step_of(e), 3) for row, (_, _, blocks, _) in SHORT_OF_MEMORY.items()
