@@ -25,7 +25,7 @@ import typer
 from common import write
 
 from pars_nb import simulate as after
-from pars_nb.cost import Tokens
+from pars_nb.cost import Ticket, Tokens
 from pars_nb.policy import FCFS, HRRN, PARS, Policy, SJF, Scale, Threshold
 from pars_nb.simulate import EngineModel, Requests, capacity
 
@@ -42,7 +42,9 @@ def load_before(revision: str, folder: str) -> ModuleType:
         archive.extractall(folder, filter="data")
     (Path(folder) / "pars_nb").rename(Path(folder) / "pars_before")
     sys.path.insert(0, folder)
-    return importlib.import_module("pars_before.simulate")
+    module = importlib.import_module("pars_before.simulate")
+    module.Ticket = Ticket  # type: ignore[attr-defined]  # the policies are today's in both, so the tickets must be
+    return module
 
 
 class Clocked:
