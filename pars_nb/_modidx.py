@@ -403,6 +403,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'pars_nb.foresight.Foresight.follows': ('foresight.html#foresight.follows', 'pars_nb/foresight.py'),
                                    'pars_nb.foresight.Foresight.learned': ('foresight.html#foresight.learned', 'pars_nb/foresight.py'),
                                    'pars_nb.foresight.Foresight.report': ('foresight.html#foresight.report', 'pars_nb/foresight.py'),
+                                   'pars_nb.foresight.Foresight.told': ('foresight.html#foresight.told', 'pars_nb/foresight.py'),
                                    'pars_nb.foresight.Predicted': ('foresight.html#predicted', 'pars_nb/foresight.py'),
                                    'pars_nb.foresight.Predicted.__call__': ('foresight.html#predicted.__call__', 'pars_nb/foresight.py'),
                                    'pars_nb.foresight.Shown': ('foresight.html#shown', 'pars_nb/foresight.py'),

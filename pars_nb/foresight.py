@@ -26,6 +26,10 @@ class Predicted:
         length = by_score(t)
         return None if length is None else length + self.prefill_token * t.prefill
 
+
+def _length(log: float | None) -> float | None:
+    return None if log is None or not math.isfinite(log) else math.exp(min(log, 20.0))
+
 # %% ../nbs/32_foresight.ipynb #c627b1a4
 K_ = TypeVar("K_", bound=Hashable)
 
@@ -34,6 +38,7 @@ K_ = TypeVar("K_", bound=Hashable)
 class Shown:
     "What is known about a request that has not ended."
     signals: Signals | None = None
+    prefill: int = 0  # prompt tokens that no cache held when it came
     given: float | None = None  # the ranker's or the client's score
 
 
@@ -71,13 +76,17 @@ class Foresight(Generic[K_]):
         "What a ticket costs, in the unit of the current predictions."
         return Predicted(self.prefill_token) if self.learned or self.table else by_score
 
+    def told(self, known: Shown) -> float | None:
+        "What the ranker or the client says."
+        return None if known.given is None else self.table.answer(known.given) if self.table else known.given
+
 # %% ../nbs/32_foresight.ipynb #3eaace00
 class Told(Foresight[K_]):
     "Foresight that hears of requests as they arrive, are scored, and end."
 
-    def came(self, key: K_, signals: Signals | None) -> None:
+    def came(self, key: K_, signals: Signals | None, prefill: int = 0) -> None:
         "A request has arrived."
-        self.shown[key] = Shown(signals)
+        self.shown[key] = Shown(signals, prefill)
         self.lately.append(self.shown[key])
 
     def given(self, key: K_, score: float | None) -> None:
@@ -91,10 +100,13 @@ class Told(Foresight[K_]):
 
     def says(self, key: K_) -> float | None:
         "The prediction for the queue: tokens, or a score if there is no table; None: first come, first served."
-        return self.many([key])[0]
+        known = self.shown.get(key, Shown())
+        if self.learner is None or not self.learned:
+            return self.told(known)
+        return None if known.signals is None else _length(self.learner.predict(known.signals, known.given))
 
     def many(self, keys: Sequence[K_]) -> list[float | None]:
-        "`says` for many at once, some microseconds each."
+        "`says` for many at once, in a fraction of the time."
         return self.predicted([self.shown.get(k, Shown()) for k in keys])
 
     def predicted(self, known: Sequence[Shown]) -> list[float | None]:
@@ -103,7 +115,7 @@ class Told(Foresight[K_]):
             seen = [(k.signals, k.given) for k in known if k.signals is not None]
             logs = iter(self.learner.predict_many([s for s, _ in seen], [g for _, g in seen]).tolist())
             return [_length(next(logs)) if k.signals is not None else None for k in known]
-        return [None if k.given is None else self.table.answer(k.given) if self.table else k.given for k in known]
+        return [self.told(k) for k in known]
 
     def ended(self, key: K_, length: int, quantile: float | None = None, cut: bool = False) -> None:
         "Its answer is complete, after `length` tokens; `cut`: it was cut off and would have been longer."
@@ -116,10 +128,6 @@ class Told(Foresight[K_]):
     def gone(self, key: K_) -> None:
         "It was given up before its first token."
         self.shown.pop(key, None)
-
-
-def _length(log: float) -> float | None:
-    return math.exp(min(log, 20.0)) if math.isfinite(log) else None
 
 # %% ../nbs/32_foresight.ipynb #74c36a4b
 class Switching(Told[K_]):
@@ -146,9 +154,9 @@ class Switching(Told[K_]):
         return list(zip(keys, self.many(keys), strict=True))
 
     def usual(self) -> list[float]:
-        "Costs of the last arrivals by what is followed now, ascending; prompts count as uncached."
+        "Costs of the last arrivals by what is followed now, ascending."
         cost, said = self.cost, self.predicted(self.lately)
-        tickets = [Ticket(0.0, 0, score=x, prefill=k.signals.tokens if k.signals else 0) for k, x in zip(self.lately, said, strict=True)]
+        tickets = [Ticket(0.0, 0, score=x, prefill=k.prefill) for k, x in zip(self.lately, said, strict=True)]
         return sorted(c for t in tickets if (c := cost(t)) is not None and math.isfinite(c))
 
     def running(self, tokens: Sequence[tuple[K_, int]]) -> None:

@@ -132,10 +132,12 @@ class OrderedScheduler(AsyncScheduler):
         "The policy, at the trust that the followed prediction has now."
         return make_policy(self.pars, self.scale, self.foresight.cost, self.express, self.trust.value)
 
-    def look(self, request: Request) -> None:
-        "How much of its prompt would have to be computed now?"
+    def look(self, request: Request) -> int:
+        "Tokens of its prompt that would have to be computed now; its ticket notes them."
         cached = self.kv_cache_manager.get_computed_blocks(request)[1]
-        self.waiting.q.tickets[request].prefill = max(0, request.num_prompt_tokens - cached)
+        t = self.waiting.q.tickets[request]
+        t.prefill = max(0, request.num_prompt_tokens - cached)
+        return t.prefill
 
     def _free_request(self, request: Request, *args: Any, **kw: Any) -> Any:
         t = self.waiting.q.tickets.get(request)
@@ -197,11 +199,10 @@ class AskingScheduler(TaughtScheduler):
         self.asked.pop(request, None)
 
     def ask(self, request: Request, now: float) -> None:
-        "See how much of the prompt the cache holds, and hand it to the scorer."
-        self.look(request)
+        "Hand its prompt to the scorer, if it has no score."
         if self.scores.thread is None or not request.prompt_token_ids or self.foresight.has(request):
-            self.place(request)
-        elif self.scores.thread.submit(request, request.prompt_token_ids):
+            return
+        if self.scores.thread.submit(request, request.prompt_token_ids):
             self.asked[request] = now
         else:
             self.meters.inc("dropped")
@@ -410,7 +411,7 @@ class PARSScheduler(FairScheduler):
         super().add_request(request)
         if request not in self.waiting.q.tickets:
             return  # more input of a request that is here already (streaming)
-        self.foresight.came(request, self.read(request))
+        self.foresight.came(request, self.read(request), self.look(request))
         if self.pars.client_scores and (score := client_score(request)) is not None:
             self.foresight.given(request, score)
             self.meters.inc("client")
