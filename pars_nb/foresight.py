@@ -146,7 +146,7 @@ class Switching(Told[K_]):
         before, self.followed = self.followed, self.follows
         return self.followed != before
 
-    def again(self, most: int = 32) -> list[tuple[K_, float | None]]:
+    def again(self, most: int = 16) -> list[tuple[K_, float | None]]:
         "The next few stale requests, with their new predictions."
         if not self.stale:
             return []
