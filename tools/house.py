@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MOST = 40  # lines of an exported cell
-LIGHT = ("errors pairs order card score chat cost policy lane tail waiting signals learner foresight trust meters "
+LIGHT = ("errors pairs order glance template card score chat cost policy lane tail waiting signals learner foresight trust meters "
          "tenants deadlines room hub latency workload tiny engine console loop tools cli").split()
 HEAVY = "torch vllm pandas scipy sklearn pyarrow"
 
