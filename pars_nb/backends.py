@@ -22,6 +22,8 @@ import torch
 
 from .card import RankerMeta
 from .errors import RankerError
+from .fusion import INPUTS
+from .glance import signals
 from .moved import forwards
 from .order import tau_b
 from .ranker import Ranker, load_ranker, to_scores
@@ -32,22 +34,25 @@ FILES = {"onnx": "model.onnx", "onnx-int8": "model_int8.onnx", "openvino": "mode
 
 
 class _Scores(torch.nn.Module):
-    "The model as a function of two tensors, as an exporter needs it."
+    "The model as a function of tensors, as an exporter needs it."
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        return to_scores(self.model(input_ids=input_ids, attention_mask=attention_mask).logits)
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return to_scores(self.model(**dict(zip(INPUTS, inputs, strict=False))).logits)
 
 
 def to_onnx(ranker: Ranker, path: Path) -> None:
     "One ONNX file with a free batch and a free token dimension."
-    ids = torch.randint(5, 50, (2, 8))
-    free = {0: torch.export.Dim("batch", min=1, max=4096), 1: torch.export.Dim("tokens", min=2, max=ranker.meta.max_length)}
+    ids, batch = torch.randint(5, 50, (2, 8)), torch.export.Dim("batch", min=1, max=4096)
+    free, inputs = {0: batch, 1: torch.export.Dim("tokens", min=2, max=ranker.meta.max_length)}, [ids, torch.ones_like(ids)]
+    shapes: list[Any] = [free, free]
+    if ranker.meta.signals:
+        inputs, shapes = [*inputs, torch.from_numpy(signals(["a", "b"]))], [*shapes, {0: batch}]
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    torch.onnx.export(_Scores(ranker.model.cpu()).eval(), (ids, torch.ones_like(ids)), str(path), input_names=["input_ids", "attention_mask"],
-                      output_names=["score"], dynamic_shapes=(free, free), dynamo=True, external_data=False, verbose=False)
+    torch.onnx.export(_Scores(ranker.model.cpu()).eval(), tuple(inputs), str(path), input_names=INPUTS[: len(inputs)],
+                      output_names=["score"], dynamic_shapes=(tuple(shapes),), dynamo=True, external_data=False, verbose=False)
 
 
 def to_onnx_int8(source: Path, path: Path) -> None:
@@ -74,15 +79,15 @@ def to_openvino(source: Path, path: Path, int8: bool = False) -> None:
     openvino.save_model(model, path)
 
 # %% ../nbs/11_backends.ipynb #d0ef6c71
-Run = Callable[[np.ndarray, np.ndarray], np.ndarray]
+Run = Callable[..., np.ndarray]
 
 
 @dataclass
 class FastRanker(Ranker):
-    "A `Ranker` whose `model` is an exported graph: (n, t) ids and mask → (n,) scores."
+    "A `Ranker` whose `model` is an exported graph: (n, t) ids and mask, and (n, s) signals if it takes any → (n,) scores."
 
-    def run(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        return self.model(ids, mask)
+    def run(self, *inputs: np.ndarray) -> np.ndarray:
+        return self.model(*inputs)
 
 
 def onnx_run(path: Path, threads: int) -> Run:
@@ -93,7 +98,7 @@ def onnx_run(path: Path, threads: int) -> Run:
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # an idle ranker takes no time from the engine
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda ids, mask: session.run(None, dict(input_ids=ids, attention_mask=mask))[0]
+    return lambda *inputs: session.run(None, dict(zip(INPUTS, inputs, strict=False)))[0]
 
 
 def openvino_run(path: Path, threads: int) -> Run:
@@ -103,7 +108,7 @@ def openvino_run(path: Path, threads: int) -> Run:
     settings = dict(INFERENCE_NUM_THREADS=threads, PERFORMANCE_HINT="LATENCY", NUM_STREAMS=1, ENABLE_CPU_PINNING=False,
                     DYNAMIC_QUANTIZATION_GROUP_SIZE=32)  # acts on graphs with 8-bit weights only
     compiled = openvino.Core().compile_model(path, "CPU", settings)
-    return lambda ids, mask: compiled(dict(input_ids=ids, attention_mask=mask))[0]
+    return lambda *inputs: compiled(dict(zip(INPUTS, inputs, strict=False)))[0]
 
 # %% ../nbs/11_backends.ipynb #e3f30537
 def exported(folder: Path, backend: str, threads: int = 1) -> Ranker:

@@ -16,6 +16,7 @@ import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from .errors import RankerError, first_line
+from .template import Templates
 
 # %% ../nbs/07_card.ipynb #e02da2b5
 class RankerMeta(BaseModel):
@@ -29,7 +30,9 @@ class RankerMeta(BaseModel):
     delta: float = 0.2
     margin: float = 1.0
     max_length: int = 128  # tokens of the prompt that are read
+    signals: bool = False  # does it also take what the prompt shows at a glance?
     end_tokens: int = 1  # how many of these come from the prompt's end (1: only the separator, so the ranker reads the prompt's beginning)
+    templates: Templates = Templates()  # what many training prompts share; a prompt that is too long is read without it
     seed: int = 0
     score_quantiles: list[float] = []  # scores of held-out prompts at equally spaced quantiles, ascending
     length_quantiles: list[float] = []  # their answer lengths in tokens, at the same quantiles
@@ -71,14 +74,20 @@ class Reader:
     meta: RankerMeta
     backend: str = ""  # what runs it
 
-    def encode(self, prompts: Sequence[str]) -> list[list[int]]:
-        "At most `max_length` token ids of each prompt. Text that can't reach the model is cut before tokenization."
-        most, end = self.meta.max_length, self.meta.end_tokens
+    def tokens(self, prompts: Sequence[str], reach: int) -> list[list[int]]:
+        "Token ids of each prompt, or of `reach` characters of its beginning (and end) if it is longer than twice that."
         backend = self.tokenizer.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()
-        text = [clean(p) if len(p) <= 32 * most else clean(p[: 16 * most] + (p[-16 * most :] if end > 1 else "")) for p in prompts]
-        ids = [e.ids for e in backend.encode_batch(text)]
+        text = [p if len(p) <= 2 * reach else p[:reach] + (p[-reach:] if self.meta.end_tokens > 1 else "") for p in prompts]
+        return [e.ids for e in backend.encode_batch([clean(t) for t in text])]
+
+    def encode(self, prompts: Sequence[str]) -> list[list[int]]:
+        "At most `max_length` token ids of each prompt. Text that can't reach the model is cut before tokenization."
+        most, templates = self.meta.max_length, self.meta.templates
+        end = min(self.meta.end_tokens, most // 2)
+        ids = self.tokens(prompts, 16 * most + 8 * templates.longest)
+        ids = [i if len(i) <= most else templates.cut(i) for i in ids]
         return [i if len(i) <= most else i[: most - end] + i[-end:] for i in ids]
 
 # %% ../nbs/07_card.ipynb #7fd2b337
@@ -96,11 +105,11 @@ an LLM server (PARS, arXiv 2510.03243), with `pars_nb.scheduler.PARSScheduler` i
 |---|---|
 | learned from | {n:,} prompts (fingerprint `{fingerprint}`), lengths counted by `{source}` |
 | loss | {loss}, pairs with a relative gap of at least δ = {delta} |
-| reads | {max_length} tokens of a prompt |
+| reads | {max_length} tokens of a prompt{signals} |
 | τ_b on unseen prompts | {tau} |
 | pair accuracy on unseen prompts, gap ≥ {delta} | {accuracy} |
 | by prompt length alone | {by_length} |
-| noise ceiling (one run against the others) | {ceiling} |
+| noise ceiling (one run against the others) | {ceiling} |{sources}
 
 Limits: for another model, sampling temperature or system prompt the order may be worse; for kinds of prompts that it never saw it
 certainly is. Compare `pars_rolling_tau` in production with the τ_b above.
@@ -112,8 +121,11 @@ def model_card(meta: RankerMeta) -> str:
     m = meta.metrics
     def num(k: str) -> str: return "not measured" if m.get(k) is None else f"{m[k]:.3f}"
     tau = num("tau_b") + (f" ({num('tau_b_lo')} to {num('tau_b_hi')}) on {m['prompts']:.0f} prompts" if m.get("tau_b_lo") is not None else "")
-    return CARD.format(encoder=meta.encoder, target=meta.target_model or "an LLM", n=meta.train_prompts, fingerprint=meta.fingerprint,
-                       source=meta.token_source, loss=meta.loss, delta=meta.delta, max_length=meta.max_length, tau=tau,
+    sources = "".join(f"\n| τ_b on unseen prompts of {k.removeprefix('tau_b of ')} | {num(k)} |" for k in m if k.startswith("tau_b of "))
+    target = "an LLM" if meta.target_model in ("", "universal") else meta.target_model
+    return CARD.format(encoder=meta.encoder, target=target, sources=sources, n=meta.train_prompts, fingerprint=meta.fingerprint,
+                       source=meta.token_source, loss=meta.loss, delta=meta.delta, max_length=meta.max_length,
+                       signals=", and its size, marks and kind" if meta.signals else "", tau=tau,
                        accuracy=num("pair_accuracy"), by_length=num("tau_b_prompt_length"), ceiling=num("noise_ceiling"))
 
 # %% ../nbs/07_card.ipynb #6eeb3fec

@@ -89,4 +89,7 @@ def show_report(metrics: dict[str, float | None], title: str) -> None:
     t.add_row(f"pair accuracy, gap ≥ {metrics.get('delta')}", num("pair_accuracy"))
     t.add_row("τ_b by prompt length alone", num("tau_b_prompt_length"))
     t.add_row("noise ceiling of τ_b", num("noise_ceiling"))
+    for k in metrics:
+        if k.startswith("tau_b of "):
+            t.add_row(k.replace("tau_b", "τ_b"), num(k))
     console.print(t)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Tail', 'Lane', 'MostOvertaken', 'COLUMNS', 'DEMO', 'collect', 'how_to_ask', 'json_object', 'two_prices', 'here',
-           'on_ray', 'collect_all', 'import_log', 'template_off', 'show_imported', 'train', 'evaluate', 'bench',
-           'unseen', 'show_bench', 'show_client', 'with_pars', 'serve', 'demo', 'step']
+           'on_ray', 'collect_all', 'import_log', 'template_off', 'show_imported', 'train', 'lessons', 'taught',
+           'evaluate', 'bench', 'unseen', 'show_bench', 'show_client', 'with_pars', 'serve', 'demo', 'step']
 
 # %% ../nbs/61_loop.ipynb #046f00de
 import asyncio
@@ -207,6 +207,7 @@ def train(
     data: Data,
     out: Annotated[Path, typer.Option(help="Folder for the ranker.")],
     target: Target = None,
+    recipe: Annotated[str, typer.Option(help="target: one LLM's lengths. universal: what LLMs agree on, in each file of --data.")] = "target",
     encoder: Annotated[str, typer.Option(help="A hub name, a local folder, or `tiny` (from scratch, no download).")] = "bert-base-uncased",
     init: Annotated[Path | None, typer.Option(help="Start from this ranker instead.")] = None,
     loss: Annotated[str, typer.Option(help="win, margin (the paper's), logistic, pointwise, listmle, bucket, lognormal")] = "win",
@@ -215,7 +216,8 @@ def train(
     batch_size: Annotated[int, typer.Option(help="Prompts a batch; all their pairs count.")] = 64,
     lr: Annotated[float | None, typer.Option(help="Learning rate; by default 5e-5, and 1e-3 for `tiny`.")] = None,
     max_length: Annotated[int, typer.Option(help="Tokens of a prompt that are read.")] = 128,
-    end_tokens: Annotated[int, typer.Option(help="How many of those come from a long prompt's end; try 32 or 64 if the question comes last.")] = 1,
+    end_tokens: Annotated[int, typer.Option(help="How many of those come from a long prompt's end.")] = 32,
+    signals: Annotated[bool, typer.Option(help="The head also takes what a prompt shows at a glance: size, marks, kind.")] = False,
     max_prompts: Annotated[int | None, typer.Option(help="Use only this many prompts (a random draw).")] = None,
     bf16: bool = False,
     revision: Annotated[str | None, typer.Option(help="Hub commit of the encoder, to pin it.")] = None,
@@ -226,18 +228,36 @@ def train(
 
     [dim]pars train --data runs/lengths --out runs/ranker[/]
     [dim]pars train --data lengths.parquet --target my-llm --encoder ./my-encoder --out runs/ranker[/]
+    [dim]pars train --recipe universal --data folder-of-lengths --out runs/universal[/]
     """
+    records = lessons(data, recipe, target, max_prompts, seed)
+    taught(records, out, resume, several=recipe == "universal", encoder=encoder, init=str(init) if init else None, loss=loss, delta=delta,
+           epochs=epochs, batch_size=batch_size, lr=lr, max_length=max_length, end_tokens=end_tokens, signals=signals, bf16=bf16,
+           revision=revision, seed=seed)
+    console.print(f"next: [bold]pars bench --data {data} --ranker {out} --out runs/bench[/]", soft_wrap=True)
+
+
+# %% ../nbs/61_loop.ipynb #663811b7
+def lessons(data: Path, recipe: str, target: str | None, max_prompts: int | None, seed: int) -> Any:
+    "The records that a recipe learns from. Raises `DataError`."
+    from pars_nb.consensus import sources
+    from pars_nb.errors import DataError
     from pars_nb.records import draw, read
+
+    if recipe not in ("target", "universal"):
+        raise DataError(f"no recipe {recipe!r}; there are target and universal")
+    return draw(sources(data) if recipe == "universal" else read(data, target), max_prompts, seed)
+
+
+def taught(records: Any, out: Path, resume: bool, several: bool, **settings: Any) -> None:
+    "Train a ranker and show how good it is."
     from pars_nb.train import TrainConfig
     from pars_nb.train import train as fit
 
-    records = draw(read(data, target), max_prompts, seed)
-    cfg = TrainConfig(encoder=encoder, init=str(init) if init else None, loss=loss, delta=delta, epochs=epochs, batch_size=batch_size, lr=lr,
-                      max_length=max_length, end_tokens=end_tokens, bf16=bf16, revision=revision, seed=seed)
     start = time.time()
-    ranker = fit(records, out, cfg, resume)
-    show_report(ranker.meta.metrics, f"{len(records)} prompts of {records[0].model}, trained in {time.time() - start:.0f} s")
-    console.print(f"next: [bold]pars bench --data {data} --ranker {out} --out runs/bench[/]", soft_wrap=True)
+    ranker = fit(records, out, TrainConfig(**settings), resume, several=several)
+    of = f"source(s) {', '.join(sorted({r.model for r in records}))}" if several else records[0].model
+    show_report(ranker.meta.metrics, f"{len(records)} prompts of {of}, trained in {time.time() - start:.0f} s")
 
 # %% ../nbs/61_loop.ipynb #08f67f34
 @app.command("eval")

@@ -22,6 +22,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 
 from .card import Reader, load_meta, model_card
 from .errors import RankerError, first_line
+from .fusion import INPUTS, load_fused
+from .glance import signals
 from .moved import forwards
 from .pairs import order_matrix
 
@@ -150,9 +152,10 @@ def tiny_encoder(texts: Iterable[str], outputs: int = 1) -> tuple[PreTrainedToke
 # %% ../nbs/08_ranker.ipynb #6eeb3fec
 def in_batches(
     ids: Sequence[Sequence[int]],  # token ids, a sequence per prompt
-    run: Callable[[np.ndarray, np.ndarray], np.ndarray],  # (n, t) ids and mask, int64 → (n,) scores
+    run: Callable[..., np.ndarray],  # (n, t) ids and mask, int64, and (n, s) signals where there are any → (n,) scores
     pad: int,  # id of the padding token
     batch_size: int = 64,
+    more: Sequence[np.ndarray] = (),  # further inputs, a row per prompt
 ) -> np.ndarray:  # (n,) float32, in the order of `ids`
     "Run sequences of similar length together, so that little is padded."
     out, order = np.zeros(len(ids), dtype=np.float32), sorted(range(len(ids)), key=lambda i: len(ids[i]))
@@ -162,7 +165,7 @@ def in_batches(
         mask = np.zeros_like(batch)
         for j, row in enumerate(rows):
             batch[j, : len(ids[row])], mask[j, : len(ids[row])] = ids[row], 1
-        out[rows] = run(batch, mask)
+        out[rows] = run(batch, mask, *(x[rows] for x in more))
     return out
 
 # %% ../nbs/08_ranker.ipynb #5ed2408e
@@ -172,19 +175,24 @@ class Ranker(Reader):
     backend: str = "torch"  # what runs it
 
     @torch.inference_mode()
-    def _logits(self, ids: np.ndarray, mask: np.ndarray) -> torch.Tensor:
-        ids_t, mask_t = (torch.from_numpy(o).to(self.model.device) for o in (ids, mask))
-        return self.model(input_ids=ids_t, attention_mask=mask_t).logits.float()
+    def _logits(self, *inputs: np.ndarray) -> torch.Tensor:
+        tensors = (torch.from_numpy(x).to(self.model.device) for x in inputs)
+        return self.model(**dict(zip(INPUTS, tensors, strict=False))).logits.float()
 
-    def run(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        "(n, t) token ids and mask → (n,) scores."
-        return to_scores(self._logits(ids, mask)).cpu().numpy()
+    def run(self, *inputs: np.ndarray) -> np.ndarray:
+        "(n, t) token ids and mask, and (n, s) signals if it takes any → (n,) scores."
+        return to_scores(self._logits(*inputs)).cpu().numpy()
+
+    def batches(self, prompts: Sequence[str], run: Callable[..., np.ndarray], batch_size: int = 64) -> np.ndarray:
+        "What `run` says of each prompt."
+        more = [signals(prompts)] if self.meta.signals else []
+        return in_batches(self.encode(prompts), run, self.tokenizer.pad_token_id, batch_size, more)
 
     def score(self, prompts: Sequence[str], batch_size: int = 64) -> np.ndarray:  # (n,) float32; higher = longer
         "Scores in the order of `prompts`. A score that is not finite becomes the median score, so its request is neither favoured nor held back."
         if isinstance(self.model, torch.nn.Module):
             self.model.eval()
-        out = in_batches(self.encode(prompts), self.run, self.tokenizer.pad_token_id, batch_size)
+        out = self.batches(prompts, self.run, batch_size)
         q = self.meta.score_quantiles
         return np.where(np.isfinite(out), out, np.float32(q[len(q) // 2] if q else 0))
 
@@ -192,10 +200,10 @@ class Ranker(Reader):
         "How unsure the ranker is, if it was trained with `lognormal` (its score is then the mean of log(length / 100))."
         if self.meta.loss != "lognormal":
             raise RankerError(f"a ranker trained with {self.meta.loss!r} gives no spread; train one with loss='lognormal'")
-        return np.exp(in_batches(self.encode(prompts), self._log_sigma, self.tokenizer.pad_token_id))
+        return np.exp(self.batches(prompts, self._log_sigma))
 
-    def _log_sigma(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        return self._logits(ids, mask)[:, 1].clamp(-3, 2).cpu().numpy()
+    def _log_sigma(self, *inputs: np.ndarray) -> np.ndarray:
+        return self._logits(*inputs)[:, 1].clamp(-3, 2).cpu().numpy()
 
     def save(self, folder: str | Path) -> Path:
         "Weights (safetensors), tokenizer, `pars.json` and a model card into `folder`."
@@ -217,7 +225,7 @@ def load_ranker(folder: str | Path) -> Ranker:
         raise RankerError(f"the ranker in {folder} is damaged: {first_line(e)}; train it or copy it again") from e
     except Exception as e:  # safetensors raises a class of its own for a torn file
         raise RankerError(f"the ranker in {folder} is damaged: {type(e).__name__}: {first_line(e)}; copy it again") from e
-    return Ranker(model.eval(), tok, meta)
+    return Ranker((load_fused(model, folder) if meta.signals else model).eval(), tok, meta)
 
 # %% ../nbs/08_ranker.ipynb #fdd2cfaa
 def push_to_hub(folder: str | Path, repo: str, private: bool = True) -> str:  # the commit's hash: what to pin

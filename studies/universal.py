@@ -7,6 +7,7 @@ import json
 import random
 import re
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,9 +17,11 @@ import typer
 from common import RESULTS, Data, write
 
 from pars_nb.card import RankerMeta
+from pars_nb.consensus import agreed, levels
 from pars_nb.order import bootstrap, tau_b
 from pars_nb.records import Record, draw, fingerprint, read, split, unit_hash
-from pars_nb.student import SIGNALS, WORD, Student, adapted, learn, look, load_student
+from pars_nb.glance import SIGNALS, WORD, look
+from pars_nb.student import Student, adapted, learn, load_student
 
 app = typer.Typer(add_completion=False)
 HERE = Path(__file__).resolve().parent
@@ -79,12 +82,10 @@ def free(data: Path) -> pd.DataFrame:
 
 
 def consensus(rows: pd.DataFrame) -> pd.DataFrame:
-    "A row per prompt: what it adds to the log length of any model (log length = of the prompt + of the model, by alternating means)."
-    of_model = pd.Series(0.0, index=rows.name.unique())
-    for _ in range(30):
-        of_prompt = (rows.log - rows.name.map(of_model)).groupby(rows.prompt_id).mean()
-        of_model = (rows.log - rows.prompt_id.map(of_prompt)).groupby(rows.name).mean()
-        of_model -= of_model.mean()
+    "A row per prompt: what it adds to the log length of any model (log length = of the prompt + of the model)."
+    (prompt, ids), (model, _) = pd.factorize(rows.prompt_id), pd.factorize(rows.name)
+    level = levels(prompt, model, rows.log.to_numpy())
+    of_prompt = pd.Series(np.bincount(prompt, rows.log - level[model]) / np.bincount(prompt), index=ids)
     out = rows.groupby("prompt_id", sort=False).agg(prompt=("prompt", "first"), source=("source", "first"), models=("name", "nunique"))
     return out.assign(log=of_prompt).reset_index()
 
@@ -172,7 +173,7 @@ def knowable(data: Path, name: str, models: list[str]) -> float | None:
     return float(np.median(found)) if found else None
 
 
-def judged(student: Student, tests: list[tuple[str, list[str], np.ndarray]], boot: int = 100) -> dict[str, Any]:
+def judged(student: Any, tests: list[tuple[str, list[str], np.ndarray]], boot: int = 100) -> dict[str, Any]:
     "τ_b by model, their median, the interval of the target that most results are about (or the first), and prompt length's median."
     tau = {m: tau_b(student.score(p), y) for m, p, y in tests}
     by_size = [tau_b(np.array([len(t) for t in p]), y) for _, p, y in tests]
@@ -350,42 +351,82 @@ def fit(data: Data, seed: int = 0) -> None:
     print({p.name: p.stat().st_size for p in OUT.iterdir()}, student.meta.metrics)
 
 
+# ---- encoders
+
 @app.command()
-def encoder(
-    data: Data,
-    out: Annotated[Path, typer.Option(help="folder of the ranker; an interrupted run goes on from its last epoch")] = Path("runs/encoder"),
-    base: Annotated[str, typer.Option(help="encoder: a hub name, a local folder, or `tiny`")] = "bert-base-uncased",
-    epochs: float = 3,
-    batch_size: int = 128,
-    max_length: int = 256,
-    most: Annotated[int, typer.Option(help="prompts of one source that are learned from")] = 6000,
-    bf16: bool = True,
-    seed: int = 0,
-) -> None:
-    "The same as an encoder, from the same sources: a folder for `--ranker`. Pairs never cross sources; a tenth of the prompts chooses the epoch."
+def sources(data: Data, out: Annotated[Path, typer.Option(help="folder for a file of lengths of each source")] = Path("runs/free")) -> None:
+    "What may be learned from, a file for each source, for `pars train --recipe universal --data OUT`."
+    out.mkdir(parents=True, exist_ok=True)
+    for name, rows in free(data).groupby("source", sort=False):
+        lengths = np.exp(rows.log).round().clip(lower=1).astype(int)
+        rows[["prompt_id", "prompt"]].assign(model=rows.name, response_tokens=lengths).to_parquet(out / f"{name}.parquet")
+        print(name, rows.prompt_id.nunique(), "prompts,", rows.name.nunique(), "models")
+
+
+EVERYTHING = (*FREE, *(f for f in NOT_FREE if f not in ("alpaca_gpt4_subset", "gemma4_mmlu_pro_thinking")))  # for measuring only
+ALPACA = 3000  # prompts of each of the two large files of one model
+FROZEN = re.compile(r"embeddings|layer\.[0-2]\.")  # weights that stay as they are, to save time
+FOLDS = (("castillo_sharegpt", "castillo_mbpp"), ("castillo_dolly", "castillo_apps"), ("castillo_alpaca", "castillo_ds1000"),
+         ("mmlu_pro_cot", "alpaca_eval"), ("zeroeval_crux", "arena_fastchat", "arena_hard_v01"))
+
+
+def everything(data: Path, without: tuple[str, ...], models: tuple[str, ...], most: int, seed: int, keep: float = 1.0) -> list[Record]:
+    "What models agree on in every source but those left out and their prompts; `keep`: only prompts whose hash is below."
+    left = {plain(p) for f in without for p in source(data, f).prompt.unique()}
+    out = []
+    for name in EVERYTHING:
+        rows = source(data, name)
+        rows = rows[~rows.name.isin(models) & ~rows.prompt.map(plain).isin(left) & (rows.prompt.map(lambda p: unit_hash(plain(p))) < keep)]
+        if name not in without and len(rows):
+            records = [as_record(*r) for r in zip(rows.prompt_id, rows.prompt, rows.log, rows.name, strict=True)]
+            out += draw(agreed(records, name), ALPACA if "alpaca_" in name[:7] else most, seed)
+    return out
+
+
+def encoder(records: list[Record], base: str, signals: bool, seed: int, loss: str = "win", epochs: float = 2, lr: float = 5e-5) -> Any:
+    "An encoder that was taught, the last epoch kept: no workload is there to choose one by."
+    import tempfile
+
     from transformers import set_seed
 
     from pars_nb.train import TrainConfig, new_ranker
     from pars_nb.train import fit as train
 
-    rows = consensus(free(data))
-    rows = pd.concat([r.sample(min(most, len(r)), random_state=seed) for _, r in rows.groupby("source", sort=False)])
-    records = [as_record(*r) for r in zip(rows.prompt_id, rows.prompt, rows.log, rows.source, strict=True)]
-    fit_on, held, _ = split(records, (0.9, 0.1, 0.0), seed)
-    cfg = TrainConfig(encoder=base, loss="win", epochs=epochs, batch_size=batch_size, max_length=max_length, end_tokens=max_length // 4, bf16=bf16,
-                      seed=seed)
+    cfg = TrainConfig(encoder=base, loss=loss, epochs=epochs, signals=signals, max_length=96, keep_best=False, seed=seed, lr=lr)
     set_seed(seed)
-    ranker, checkpoints = new_ranker(fit_on, cfg), out / "checkpoints"
-    train(ranker, fit_on, held, cfg, checkpoints, resume=any(checkpoints.glob("checkpoint-*")), quiet=True)
-    scores, lengths = ranker.score([r.prompt for r in held]), np.array([r.mean for r in held])
-    ranker.meta.target_model, ranker.meta.token_source = "universal", "mixed"
-    ranker.meta.measure(scores, lengths)
-    of = np.array([r.model for r in held])
-    tau = {k: tau_b(scores[of == k], lengths[of == k]) for k in sorted(set(of)) if (of == k).sum() > 9}
-    found: dict[str, float | None] = {k: round(v, 4) for k, v in tau.items() if v == v}
-    ranker.meta.metrics = found | dict(prompts=float(len(fit_on)))
-    ranker.save(out)
-    print(ranker.meta.metrics)
+    ranker = new_ranker(records, cfg)
+    for name, weights in ranker.model.named_parameters():
+        weights.requires_grad_(not FROZEN.search(name))
+    with tempfile.TemporaryDirectory() as checkpoints:
+        train(ranker, records, records[:64], cfg, Path(checkpoints))
+    return ranker
+
+
+@app.command()
+def encoders(data: Data, base: Annotated[str, typer.Option(help="encoder: a hub name or a local folder")] = "bert-base-uncased", seeds: int = 3,
+             folds: str = "0,1,2,3,4", most: int = 1500, losses: str = "win", sees: str = "with,without") -> None:
+    "Every workload left out of what an encoder learns, a few at a time, with a third of the models; with and without signals. It resumes."
+    from pars_nb.train import skipping
+
+    path = RESULTS / "universal/encoders.json"
+    rows = json.loads(path.read_text())["rows"] if path.is_file() else []
+    done = {(r["seed"], r["fold"], r["loss"], r["signals"]) for r in rows}
+    for seed in range(seeds):
+        models = third(data, seed)
+        for fold, loss, which in product(map(int, folds.split(",")), losses.split(","), sees.split(",")):
+            signals = which == "with"
+            if (seed, fold, loss, signals) in done:
+                continue
+            records = everything(data, FOLDS[fold], models, most, seed)
+            ranker = encoder(records, base, signals, seed, loss)
+            for name in FOLDS[fold]:
+                tests = tested(data, name, models)
+                r = judged(ranker, tests)
+                r["tau_b_skipping"] = judged(skipping(ranker, tests[0][1]), tests, boot=0)["tau_b"]  # its own templates recognised
+                rows.append(dict(workload=name, seed=seed, fold=fold, loss=loss, signals=signals, learned=len(records), **r))
+                print(f"{seed} {name:20s} {loss} {which} signals: {r['tau_b']:.3f} ({r['tau_b_skipping']:.3f}), "
+                      f"prompt length {r['prompt_length']:.3f}", flush=True)
+            write("universal/encoders", base=Path(base).name, most=most, rows=rows)
 
 
 CARD = """---
