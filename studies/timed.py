@@ -7,17 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from pars_nb.scheduler import PARSScheduler
 
 
 class Watch:
-    "Time inside vLLM's own methods, and inside ours around them."
+    "Time inside vLLM's own methods, and inside ours around them: wall and thread CPU, in nanoseconds."
 
     def __init__(self) -> None:
-        self.inner = self.outer = np.zeros(2, dtype=np.int64)
+        self.inner, self.outer = [0, 0], [0, 0]
 
     def around(self, f: Callable[..., Any], inner: bool) -> Callable[..., Any]:
         depth = 0
@@ -26,22 +25,21 @@ class Watch:
             nonlocal depth
             if depth:
                 return f(*args, **kw)
-            depth, before = 1, now()
+            depth, wall, cpu = 1, time.perf_counter_ns(), time.thread_time_ns()
             try:
                 return f(*args, **kw)
             finally:
-                depth, took = 0, now() - before
-                if inner:
-                    self.inner = self.inner + took
-                else:
-                    self.outer = self.outer + took
+                depth, into = 0, self.inner if inner else self.outer
+                into[1] += time.thread_time_ns() - cpu
+                into[0] += time.perf_counter_ns() - wall
 
         return timed
 
-
-def now() -> np.ndarray:
-    "Wall and thread CPU in nanoseconds."
-    return np.array([time.perf_counter_ns(), time.thread_time_ns()])
+    def take(self) -> tuple[int, int]:
+        "What ours took beyond theirs since the last call."
+        wall, cpu = (ours - theirs for ours, theirs in zip(self.outer, self.inner, strict=True))
+        self.inner, self.outer = [0, 0], [0, 0]
+        return wall, cpu
 
 
 class TimedScheduler(PARSScheduler):
@@ -66,8 +64,7 @@ class TimedScheduler(PARSScheduler):
 
     def note(self) -> None:
         "A step is over; every two thousandth is written."
-        self.added.append((self.watch.outer - self.watch.inner).tolist())
-        self.watch.outer = self.watch.inner = np.zeros(2, dtype=np.int64)
+        self.added.append(self.watch.take())
         t = time.perf_counter_ns()
         self.steps.append(t - self.began)
         self.began = t
