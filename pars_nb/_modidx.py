@@ -1203,6 +1203,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'pars_nb.train': { 'pars_nb.train.RankTrainer': ('train.html#ranktrainer', 'pars_nb/train.py'),
                                'pars_nb.train.RankTrainer.__init__': ('train.html#ranktrainer.__init__', 'pars_nb/train.py'),
                                'pars_nb.train.RankTrainer.compute_loss': ('train.html#ranktrainer.compute_loss', 'pars_nb/train.py'),
+                               'pars_nb.train.RankTrainer.create_optimizer': ( 'train.html#ranktrainer.create_optimizer',
+                                                                               'pars_nb/train.py'),
                                'pars_nb.train.TrainConfig': ('train.html#trainconfig', 'pars_nb/train.py'),
                                'pars_nb.train.TrainConfig.learning_rate': ('train.html#trainconfig.learning_rate', 'pars_nb/train.py'),
                                'pars_nb.train._version': ('train.html#_version', 'pars_nb/train.py'),

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from .errors import DataError
-from .records import Record, read
+from .records import Record, draw, read
 
 # %% ../nbs/15_consensus.ipynb #6eeb791e
 def levels(
@@ -64,12 +64,16 @@ def _one(same: Sequence[Record], logs: np.ndarray, source: str) -> Record:
 KINDS = (".jsonl", ".json", ".csv", ".parquet", ".gz")  # ends of file names that are read
 
 
-def sources(path: str | Path) -> list[Record]:  # one per prompt and source
+def sources(
+    path: str | Path,
+    most: int | None = None,  # prompts of a source, at random; so that a large one does not crowd out the others
+    seed: int = 0,
+) -> list[Record]:  # one per prompt and source
     "What the LLMs in a file agree on, or in each file of a folder. Raises `DataError`, `FileNotFoundError`."
     path = Path(path)
-    if not path.is_dir() or (path / "lengths.jsonl").is_file():
-        return agreed(read(path), path.name.partition(".")[0])
-    files = sorted(f for f in path.iterdir() if f.name.endswith(KINDS))
+    files = [path]
+    if path.is_dir() and not (path / "lengths.jsonl").is_file():
+        files = sorted(f for f in path.iterdir() if f.name.endswith(KINDS))
     if not files:
         raise DataError(f"{path}: no file of recorded lengths ({', '.join(KINDS)})")
-    return [r for f in files for r in agreed(read(f), f.name.partition(".")[0])]
+    return [r for f in files for r in draw(agreed(read(f), f.name.partition(".")[0]), most, seed)]

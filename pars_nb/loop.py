@@ -217,12 +217,12 @@ def train(
     lr: Annotated[float | None, typer.Option(help="Learning rate; by default 5e-5, and 1e-3 for `tiny`.")] = None,
     max_length: Annotated[int, typer.Option(help="Tokens of a prompt that are read.")] = 128,
     end_tokens: Annotated[int, typer.Option(help="How many of those come from a long prompt's end.")] = 32,
-    signals: Annotated[bool, typer.Option(help="The head also takes what a prompt shows at a glance: size, marks, kind.")] = False,
-    max_prompts: Annotated[int | None, typer.Option(help="Use only this many prompts (a random draw).")] = None,
+    signals: Annotated[bool | None, typer.Option(help="The head also takes what a prompt shows at a glance; so with universal.")] = None,
+    max_prompts: Annotated[int | None, typer.Option(help="Use only this many prompts (a random draw), of each source if there are several.")] = None,
     bf16: bool = False,
     revision: Annotated[str | None, typer.Option(help="Hub commit of the encoder, to pin it.")] = None,
     seed: int = 0,
-    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in --out.")] = False,
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in --out, if there is one.")] = False,
 ) -> None:
     """Train a ranker on recorded lengths; a tenth of the prompts is held out to test it.
 
@@ -231,9 +231,10 @@ def train(
     [dim]pars train --recipe universal --data folder-of-lengths --out runs/universal[/]
     """
     records = lessons(data, recipe, target, max_prompts, seed)
-    taught(records, out, resume, several=recipe == "universal", encoder=encoder, init=str(init) if init else None, loss=loss, delta=delta,
-           epochs=epochs, batch_size=batch_size, lr=lr, max_length=max_length, end_tokens=end_tokens, signals=signals, bf16=bf16,
-           revision=revision, seed=seed)
+    several = recipe == "universal"
+    taught(records, out, resume, several, encoder=encoder, init=str(init) if init else None, loss=loss, delta=delta, epochs=epochs,
+           batch_size=batch_size, lr=lr, max_length=max_length, end_tokens=end_tokens, signals=several if signals is None else signals,
+           bf16=bf16, revision=revision, seed=seed)
     console.print(f"next: [bold]pars bench --data {data} --ranker {out} --out runs/bench[/]", soft_wrap=True)
 
 
@@ -246,7 +247,7 @@ def lessons(data: Path, recipe: str, target: str | None, max_prompts: int | None
 
     if recipe not in ("target", "universal"):
         raise DataError(f"no recipe {recipe!r}; there are target and universal")
-    return draw(sources(data) if recipe == "universal" else read(data, target), max_prompts, seed)
+    return sources(data, max_prompts, seed) if recipe == "universal" else draw(read(data, target), max_prompts, seed)
 
 
 def taught(records: Any, out: Path, resume: bool, several: bool, **settings: Any) -> None:

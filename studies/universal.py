@@ -267,45 +267,62 @@ def shifted(scores: np.ndarray, logs: np.ndarray, known: np.ndarray, slope: bool
     return y.mean() + b * (scores - s.mean())
 
 
-HOW = ("as it is", "shift", "shift and slope", "adapted, pooled", "adapted, pooled, shift and slope", "adapted, by workload", "means alone",
-       "length")
+def one_slope(parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> list[np.ndarray]:
+    "Scores of each workload (with log lengths and which are known) moved by its own shift, and stretched by what all known lengths say."
+    about, y = (np.concatenate([x[at] - x[at].mean() for x, at in rows])
+                for rows in ([(s, at) for s, _, at in parts], [(y, at) for _, y, at in parts]))
+    slope = max(0.1, (about @ y) / (about @ about))
+    return [y[at].mean() + slope * (s - s[at].mean()) for s, y, at in parts]
+
+
+Parts = list[tuple[list[str], np.ndarray, np.ndarray, np.ndarray]]  # of each workload: prompts, scores, log lengths, lengths
+
+
+def parts_of(data: Path, target: str, ranker: Any) -> Parts:
+    "A target's lengths for the prompts that were left out."
+    out: Parts = []
+    for name in CASTILLO:
+        r = source(data, name)
+        r = r[(r.model == target) & (r.prompt.map(lambda p: unit_hash(plain(p))) >= SEEN)]
+        out.append((r.prompt.tolist(), ranker.score(r.prompt.tolist()).astype(float), r.log.to_numpy(), r.length.to_numpy()))
+    return out
+
+
+def ways(parts: Parts, known: int, rng: np.random.Generator, student: Student | None) -> dict[str, float]:
+    "τ_b of all workloads together, so many lengths of each known, in several ways of using these; the known ones are not judged."
+    orders = [rng.permutation(len(y)) for _, _, y, _ in parts]
+    cut = [(prompts, s, y, order[:known]) for (prompts, s, y, _), order in zip(parts, orders, strict=True)]
+    found = {"as it is": [s for _, s, _, _ in cut], "shift": [shifted(s, y, at, False) for _, s, y, at in cut],
+             "shift and slope": [shifted(s, y, at, True) for _, s, y, at in cut], "shift and one slope": one_slope([c[1:] for c in cut]),
+             "means alone": [np.full(len(s), y[at].mean()) for _, s, y, at in cut]}
+    if student is not None:
+        told = adapted(student, [p[i] for p, _, _, at in cut for i in at], np.concatenate([y[at] for _, _, y, at in cut]))
+        new = [told.score(p).astype(float) for p, *_ in cut]
+        found["adapted"], found["adapted, shift and slope"] = new, [shifted(s, c[2], c[3], True) for s, c in zip(new, cut, strict=True)]
+    rest = [order[known:] for order in orders]
+    truth = np.concatenate([length[at] for (*_, length), at in zip(parts, rest, strict=True)])
+    return {k: tau_b(np.concatenate([s[at] for s, at in zip(v, rest, strict=True)]), truth) for k, v in found.items()}
+
+
+SEEN = 0.7  # prompts whose hash is below are learned from
 
 
 @app.command()
-def mixed(data: Data, seeds: int = 3, known: int = 20) -> None:
+def mixed(data: Data, base: Annotated[str, typer.Option(help="an encoder instead of the student")] = "", seeds: int = 3, known: int = 20,
+          most: int = 1500) -> None:
     "Castillo's workloads pooled: one target model that was left out, prompts that were left out, so many lengths of each workload known."
-    rows = []
+    left, rows = tuple(map(one_name, TARGETS)), []
+    ranker = encoder(everything(data, (), left, most, 0, SEEN), base, True, 0) if base else None
     for target in TARGETS:
         every = free(data)
-        seen = every.prompt_id[np.array([unit_hash(p) < 0.7 for p in every.prompt_id])]
-        student = taught(lesson(data, models=(one_name(target),), prompts=seen))
-        parts = []
-        for name in CASTILLO:
-            r = source(data, name)
-            r = r[(r.model == target) & np.array([unit_hash(p) >= 0.7 for p in r.prompt_id])]
-            parts.append((r.prompt.tolist(), student.score(r.prompt.tolist()).astype(float), r.log.to_numpy(), r.length.to_numpy()))
+        seen = every.prompt_id[every.prompt.map(lambda p: unit_hash(plain(p))) < SEEN]
+        student = taught(lesson(data, models=(one_name(target),), prompts=seen)) if ranker is None else None
+        parts = parts_of(data, target, ranker or student)
         for seed in range(seeds):
-            rng = np.random.default_rng(seed)
-            out: dict[str, list[np.ndarray]] = {k: [] for k in HOW}
-            orders = [rng.permutation(len(y)) for _, _, y, _ in parts]
-            some = [(prompts[i], y[i]) for (prompts, _, y, _), order in zip(parts, orders, strict=True) for i in order[:known]]
-            told = adapted(student, [p for p, _ in some], np.array([y for _, y in some]))
-            for (prompts, s, y, length), order in zip(parts, orders, strict=True):
-                at, rest = order[:known], order[known:]
-                t = told.score(prompts).astype(float)
-                alone = adapted(student, [prompts[i] for i in at], y[at]).score(prompts).astype(float)
-                out["adapted, pooled"].append(t[rest])
-                out["adapted, pooled, shift and slope"].append(shifted(t, y, at, True)[rest])
-                out["adapted, by workload"].append(alone[rest])
-                out["as it is"].append(s[rest])
-                out["shift"].append(shifted(s, y, at, False)[rest])
-                out["shift and slope"].append(shifted(s, y, at, True)[rest])
-                out["means alone"].append(np.full(len(rest), y[at].mean()))
-                out["length"].append(length[rest])
-            truth = np.concatenate(out.pop("length"))
-            rows.append(dict(target=target, seed=seed, prompts=len(truth), tau_b={k: tau_b(np.concatenate(v), truth) for k, v in out.items()}))
+            rows.append(dict(target=target, seed=seed, prompts=sum(len(p) - known for p, *_ in parts),
+                             tau_b=ways(parts, known, np.random.default_rng(seed), student)))
             print(rows[-1], flush=True)
-    write("universal/mixed", seeds=seeds, known=known, workloads=CASTILLO, rows=rows)
+    write("universal/mixed_encoder" if base else "universal/mixed", seeds=seeds, known=known, workloads=CASTILLO, base=Path(base).name, rows=rows)
 
 
 @app.command()
@@ -365,7 +382,7 @@ def sources(data: Data, out: Annotated[Path, typer.Option(help="folder for a fil
 
 EVERYTHING = (*FREE, *(f for f in NOT_FREE if f not in ("alpaca_gpt4_subset", "gemma4_mmlu_pro_thinking")))  # for measuring only
 ALPACA = 3000  # prompts of each of the two large files of one model
-FROZEN = re.compile(r"embeddings|layer\.[0-2]\.")  # weights that stay as they are, to save time
+FROZEN = re.compile(r"embeddings|encoder\.layer\.[0-2]\.")  # weights that stay as they are, to save time
 FOLDS = (("castillo_sharegpt", "castillo_mbpp"), ("castillo_dolly", "castillo_apps"), ("castillo_alpaca", "castillo_ds1000"),
          ("mmlu_pro_cot", "alpaca_eval"), ("zeroeval_crux", "arena_fastchat", "arena_hard_v01"))
 
@@ -402,6 +419,16 @@ def encoder(records: list[Record], base: str, signals: bool, seed: int, loss: st
     return ranker
 
 
+class Both:
+    "The sum of two rankers' scores, each over its spread on prompts of the training."
+
+    def __init__(self, a: Any, b: Any, prompts: list[str]) -> None:
+        self.each = [(r, r.score(prompts).std()) for r in (a, b)]
+
+    def score(self, prompts: list[str]) -> np.ndarray:
+        return sum(r.score(prompts) / spread for r, spread in self.each)  # type: ignore[return-value]
+
+
 @app.command()
 def encoders(data: Data, base: Annotated[str, typer.Option(help="encoder: a hub name or a local folder")] = "bert-base-uncased", seeds: int = 3,
              folds: str = "0,1,2,3,4", most: int = 1500, losses: str = "win", sees: str = "with,without") -> None:
@@ -423,9 +450,11 @@ def encoders(data: Data, base: Annotated[str, typer.Option(help="encoder: a hub 
                 tests = tested(data, name, models)
                 r = judged(ranker, tests)
                 r["tau_b_skipping"] = judged(skipping(ranker, tests[0][1]), tests, boot=0)["tau_b"]  # its own templates recognised
+                student = taught(lesson(data, tuple(f for f in FOLDS[fold] if f in FREE), models, seed=seed))
+                r["tau_b_both"] = judged(Both(ranker, student, [x.prompt for x in records[::20]]), tests, boot=0)["tau_b"]
                 rows.append(dict(workload=name, seed=seed, fold=fold, loss=loss, signals=signals, learned=len(records), **r))
                 print(f"{seed} {name:20s} {loss} {which} signals: {r['tau_b']:.3f} ({r['tau_b_skipping']:.3f}), "
-                      f"prompt length {r['prompt_length']:.3f}", flush=True)
+                      f"with the student {r['tau_b_both']:.3f}, prompt length {r['prompt_length']:.3f}", flush=True)
             write("universal/encoders", base=Path(base).name, most=most, rows=rows)
 
 
