@@ -1133,6 +1133,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'pars_nb.template.beginnings': ('template.html#beginnings', 'pars_nb/template.py'),
                                   'pars_nb.template.mark': ('template.html#mark', 'pars_nb/template.py'),
                                   'pars_nb.template.shared': ('template.html#shared', 'pars_nb/template.py'),
+                                  'pars_nb.template.shrunk': ('template.html#shrunk', 'pars_nb/template.py'),
                                   'pars_nb.template.templates_of': ('template.html#templates_of', 'pars_nb/template.py')},
             'pars_nb.tenants': { 'pars_nb.tenants.Accounts': ('tenants.html#accounts', 'pars_nb/tenants.py'),
                                  'pars_nb.tenants.Accounts.reach': ('tenants.html#accounts.reach', 'pars_nb/tenants.py'),
