@@ -235,7 +235,8 @@ def train(
     taught(records, out, resume, several, encoder=encoder, init=str(init) if init else None, loss=loss, delta=delta, epochs=epochs,
            batch_size=batch_size, lr=lr, max_length=max_length, end_tokens=end_tokens, signals=several if signals is None else signals,
            bf16=bf16, revision=revision, seed=seed)
-    console.print(f"next: [bold]pars bench --data {data} --ranker {out} --out runs/bench[/]", soft_wrap=True)
+    then = f"eval --all-prompts --data YOUR_LENGTHS --ranker {out}" if several else f"bench --data {data} --ranker {out} --out runs/bench"
+    console.print(f"next: [bold]pars {then}[/]", soft_wrap=True)
 
 
 # %% ../nbs/61_loop.ipynb #663811b7

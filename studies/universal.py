@@ -376,7 +376,8 @@ def sources(data: Data, out: Annotated[Path, typer.Option(help="folder for a fil
     out.mkdir(parents=True, exist_ok=True)
     for name, rows in free(data).groupby("source", sort=False):
         lengths = np.exp(rows.log).round().clip(lower=1).astype(int)
-        rows[["prompt_id", "prompt"]].assign(model=rows.name, response_tokens=lengths).to_parquet(out / f"{name}.parquet")
+        one_text = rows.groupby("prompt_id", sort=False).prompt.transform("first")  # of one the end is cut in two places
+        rows[["prompt_id"]].assign(prompt=one_text, model=rows.name, response_tokens=lengths).to_parquet(out / f"{name}.parquet")
         print(name, rows.prompt_id.nunique(), "prompts,", rows.name.nunique(), "models")
 
 
