@@ -74,7 +74,7 @@ def load_fused(encoder: Any, folder: str | Path) -> Fused:
     try:
         own = load_file(Path(folder) / FILE)
         fused = Fused(encoder, width=len(own["layer.0.bias"]), n=len(own["mean"]))
-        fused.load_state_dict(own, strict=False)
+        fused.load_state_dict({f"encoder.{k}": v for k, v in encoder.state_dict().items()} | own)
     except (OSError, KeyError, RuntimeError, SafetensorError) as e:
         raise RankerError(f"the ranker in {folder} is damaged: {FILE}: {type(e).__name__}; train it or copy it again") from e
     if len(own["mean"]) != len(SIGNALS) + len(KINDS):

@@ -248,6 +248,8 @@ def lessons(data: Path, recipe: str, target: str | None, max_prompts: int | None
 
     if recipe not in ("target", "universal"):
         raise DataError(f"no recipe {recipe!r}; there are target and universal")
+    if recipe == "universal" and target:
+        raise DataError(f"--target {target}: the universal recipe learns from all LLMs; leave one of the two out")
     return sources(data, max_prompts, seed) if recipe == "universal" else draw(read(data, target), max_prompts, seed)
 
 
@@ -258,7 +260,7 @@ def taught(records: Any, out: Path, resume: bool, several: bool, **settings: Any
 
     start = time.time()
     ranker = fit(records, out, TrainConfig(**settings), resume, several=several)
-    of = f"source(s) {', '.join(sorted({r.model for r in records}))}" if several else records[0].model
+    of = ", ".join(sorted({r.model for r in records}))  # one LLM, or the sources
     show_report(ranker.meta.metrics, f"{len(records)} prompts of {of}, trained in {time.time() - start:.0f} s")
 
 # %% ../nbs/61_loop.ipynb #08f67f34

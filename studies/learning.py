@@ -402,7 +402,7 @@ def cost(data: Data, tokenizer: Words, tokens: int = 512, n: int = 400) -> None:
 
 
 @app.command()
-def live(minutes: float = 30.0, rate: float = 20.0, seqs: int = 8, seed: int = 0) -> None:
+def live(minutes: float = 30.0, rate: float = 20.0, seqs: int = 8, seed: int = 0, name: str = "live") -> None:
     "A real engine behind HTTP with the embedded LLM, told nothing: what our code adds to its steps, and what the learner's process costs."
     import asyncio
     import os
@@ -424,7 +424,7 @@ def live(minutes: float = 30.0, rate: float = 20.0, seqs: int = 8, seed: int = 0
                  added_share_at_p50=round(float(np.median(wall) / np.median(steps)), 4), learner=found["learner"],
                  learner_cpu_s=round(learner_cpu, 2), learner_share_of_a_core=round(learner_cpu / (60 * minutes), 4))
     print(json.dumps(facts, indent=1))
-    write("learning/live", minutes=minutes, rate=rate, max_num_seqs=seqs, seed=seed, **facts)
+    write(f"learning/{name}", minutes=minutes, rate=rate, max_num_seqs=seqs, seed=seed, **facts)
 
 
 async def _talk(url: str, minutes: float, rate: float, seed: int) -> dict[str, int]:

@@ -397,7 +397,7 @@ def everything(data: Path, without: tuple[str, ...], models: tuple[str, ...], mo
         rows = rows[~rows.name.isin(models) & ~rows.prompt.map(plain).isin(left) & (rows.prompt.map(lambda p: unit_hash(plain(p))) < keep)]
         if name not in without and len(rows):
             records = [as_record(*r) for r in zip(rows.prompt_id, rows.prompt, rows.log, rows.name, strict=True)]
-            out += draw(agreed(records, name), ALPACA if "alpaca_" in name[:7] else most, seed)
+            out += draw(agreed(records, name), ALPACA if name.startswith("alpaca_") else most, seed)
     return out
 
 
