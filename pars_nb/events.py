@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from .room import outlived
+from .room import outlived, rounding
 
 # %% ../nbs/42_events.ipynb #6cfbfc48
 Floats = npt.NDArray[np.float64]
@@ -53,6 +53,7 @@ class Given(NamedTuple):
     answer: Floats  # expected tokens; NaN: not known. Empty: admission does not look ahead (see `room`)
     unsure: Floats  # their relative standard deviation. Empty: as `answer`
     margin: float  # how many standard deviations are kept free
+    price: float  # of computing a token again, in tokens decoded
 
 # %% ../nbs/42_events.ipynb #d147e2b3
 class Queues(NamedTuple):
@@ -176,6 +177,7 @@ def new_world(
     answer: Numbers = (),  # (n,) tokens, or empty; see `Given`
     unsure: Numbers = (),  # (n,), or empty; see `Given`
     margin: float = 0.0,  # see `Given`
+    price: float = math.inf,  # see `Given`
     replicas: int = 1,
     queues: int = 1,  # one a replica, or one for all
 ) -> World:
@@ -188,7 +190,7 @@ def new_world(
     classes, rank = np.unique(_ints(n) if priority is None else priority, return_inverse=True)
     told = Given(arrival=floats(arrival), prompt=ints(prompt), output=ints(output), key=floats(key), priority=ints(rank),
                  due=floats(due), service=floats(service), claim=ints(claim), lane=np.require(lane, np.bool_, ["C", "W"]), tail=floats(tail),
-                 answer=floats(answer), unsure=floats(unsure), margin=float(margin))
+                 answer=floats(answer), unsure=floats(unsure), margin=float(margin), price=float(price))
     plan = Plan(steps=_ints(replicas, IDLE), end=_floats(replicas), step_s=_floats(replicas), context=_ints(replicas),
                 version=_ints(replicas))
     counts = Counts(*(_ints(replicas) for _ in Counts._fields))
@@ -453,7 +455,7 @@ def _feed_running(world, replica, queue):
     return budget, preempted
 
 # %% ../nbs/42_events.ipynb #58e6c7de
-_outlived = compiled(outlived)
+_outlived, _rounding = compiled(outlived), compiled(rounding)
 
 
 @compiled
@@ -478,19 +480,34 @@ def _line_up(world, replica, request):
 
 
 @compiled
+def _held(world, request):
+    return world.given.prompt[request] + world.progress.generated[request] + _rounding(world.engine.block_size, world.given.price)
+
+
+@compiled
+def _full(world, replica):
+    "Steps until the cache is full, with one more beside the running requests. (As `room.Ahead.full`.)"
+    given, replicas, engine, held, variance, full = world.given, world.replicas, world.engine, 0.0, 0.0, np.inf
+    last = replicas.occupied[replica]
+    for place in range(last + 1):
+        one, left = replicas.longest[replica, place], replicas.left[replica, place]
+        held += _held(world, one)
+        variance += (given.unsure[one] * left) ** 2
+        free = engine.blocks * engine.block_size - held - given.margin * np.sqrt(variance)
+        if free < (place + 1) * left:
+            full = max(free / (place + 1), replicas.left[replica, place + 1] if place < last else 0.0)
+    return full
+
+
+@compiled
 def _has_room(world, replica, request):
     "Is there room for what it and the running requests will hold? (As `room.Ahead.fits`.)"
-    given, replicas, engine, held, variance = world.given, world.replicas, world.engine, 0.0, 0.0
+    given, replicas = world.given, world.replicas
     if not given.answer.size or replicas.occupied[replica] == 0 or np.isnan(given.answer[request]):
         return True
     _line_up(world, replica, request)
-    for place in range(replicas.occupied[replica] + 1):
-        one, left = replicas.longest[replica, place], replicas.left[replica, place]
-        held += given.prompt[one] + world.progress.generated[one] + engine.block_size - 1
-        variance += (given.unsure[one] * left) ** 2
-        if held + (place + 1) * left + given.margin * np.sqrt(variance) > engine.blocks * engine.block_size:
-            return False
-    return True
+    full = _full(world, replica)
+    return full == np.inf or full > given.price * (_held(world, request) + full)
 
 # %% ../nbs/42_events.ipynb #48bf4538
 @compiled

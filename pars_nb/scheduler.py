@@ -33,7 +33,7 @@ from .learner import Learner
 from .meters import Meters, State
 from .moved import forwards
 from .policy import FCFS, HRRN, Policy, SJF, Scale, Threshold
-from .room import Ahead, Answers, Growth, outlived
+from .room import Ahead, Answers, Growth, outlived, rounding
 from .score import ScoreThread
 from .signals import Marks, Reader
 from .tail import Tail
@@ -62,7 +62,7 @@ class PARSConfig(BaseModel, extra="forbid", populate_by_name=True):
     spread: Literal["none", "tail", "gittins"] = "none"  # with a ranker of loss `lognormal`: weigh how sure it is
     backend: str = "auto"  # what runs the ranker: torch, onnx, onnx-int8, openvino, openvino-int8; auto: the fastest that agrees
     scorer_threads: int = Field(1, ge=1)  # cores the ranker may take from the engine (exported backends)
-    room: float | None = Field(None, ge=0)  # KV cache kept free, in standard deviations of the expected growth; None: admit as vLLM does
+    room: float | None = Field(1.0, ge=0)  # KV cache kept free, in standard deviations of the expected growth; None: admit as vLLM does
     use_max_tokens: bool = True  # a request's `max_tokens` caps its score, unless the client forces the length (`ignore_eos`)
     client_scores: bool = False  # let a request bring its score, `vllm_xargs: {"pars_score": 12.5}`, on the ranker's scale
     max_unscored: int = Field(10_000, ge=1)  # most prompts that wait for a score; further ones get none
@@ -275,7 +275,7 @@ class ExpectingScheduler(ShownScheduler):
 
     def growth(self, request: Request) -> Growth:
         "Its tokens, and how many are to come; none if nothing is known."
-        held, so_far = request.num_tokens + self.block_size - 1, request.num_output_tokens
+        held, so_far = request.num_tokens + rounding(self.block_size, self.pars.prefill_token), request.num_output_tokens
         if request not in self.expected:
             t = self.waiting.q.tickets.get(request)
             known = self.answers(None if t is None or t.score is None else self.places.of(t.score))
@@ -353,7 +353,7 @@ class RoomyScheduler(ExpectingScheduler):
             self.tokens = self.cache_tokens()
         ahead.add(self.growth(request) for request in self.running[len(ahead):])
         self.most, self.looked = ahead.most() + Ahead([one], ahead.margin).most() + LOOK * (len(ahead) + 1), 0
-        return ahead.fits(one, self.tokens)
+        return ahead.fits(one, self.tokens, self.pars.prefill_token)
 
 # %% ../nbs/36_scheduler.ipynb #b0873393
 def tenant_of(request: Request) -> str:

@@ -287,12 +287,12 @@ def at_scores(r, tau, seed):
     return r._replace(score=np.quantile(r.output, place))
 
 
-def room_of(r, tau, margin):
+def room_of(r, tau, margin, price):
     "What the scheduler would expect of each: the real length where the score is it, else what was learned on the way."
     if tau == 1:
-        return Expected(r.output.astype(float), np.zeros(len(r.output)), margin)
+        return Expected(r.output.astype(float), np.zeros(len(r.output)), margin, price)
     scale = Scale()
-    return expected([scale(x) for x in r.score.tolist()], r.output.tolist(), margin=margin)
+    return expected([scale(x) for x in r.score.tolist()], r.output.tolist(), margin=margin)._replace(price=price)
 
 
 @dataclass(frozen=True)
@@ -327,15 +327,15 @@ def tail_on(cost):
 
 
 @app.command()
-def memory(folder: Annotated[Path, typer.Option(help="folder with the traces")], n: int = 5000, seeds: int = 3, margin: float = 1.0,
-           taus: list[float] = [1.0, 0.5], name: str = "memory"):  # noqa: B006
+def memory(folder: Annotated[Path, typer.Option(help="folder with the traces")], n: int = 5000, seeds: int = 5, margin: float = 1.0,
+           price: float = 0.1, taus: list[float] = [1.0, 0.5], name: str = "memory"):  # noqa: B006
     "Where the KV cache is short: what a request costs, and room for what it will be. Medians over seeds, relative to FCFS without room."
     rows = []
     for row, e, seed, base in short_of_memory(folder, n, seeds):
         for tau in taus:
             r = at_scores(base, tau, seed)
             for policy, make in memory_policies(e).items():
-                for room in (None, room_of(r, tau, margin)):
+                for room in (None, room_of(r, tau, margin, price)):
                     s = simulate(r, e, make(), room=room)
                     d = s.latencies()
                     rows.append(dict(row=row, seed=seed, tau=tau, policy=policy, room=room is not None, preemptions=s.preemptions,
@@ -344,7 +344,7 @@ def memory(folder: Annotated[Path, typer.Option(help="folder with the traces")],
         if seed == seeds - 1:
             show_memory(memory_table(rows), row)
     table = memory_table(rows)
-    write(f"arena/{name}", n=n, seeds=seeds, margin=margin, engine=GPU.model_dump(exclude={"blocks"}),
+    write(f"arena/{name}", n=n, seeds=seeds, margin=margin, price=price, engine=GPU.model_dump(exclude={"blocks"}),
           table=json.loads(table.to_json(orient="records")))
 
 
@@ -418,7 +418,7 @@ def preempted(url):
 @app.command()
 def small_cache(requests: int = 120, bursts: int = 3, blocks: int = 40, seqs: int = 32):
     "A real engine with a small KV cache: FCFS in our class and the default, each with room and without; by turns, after a burst to learn from."
-    queues = {"FCFS (our class)": dict(policy="fcfs"), "FCFS, room": dict(tail=0.0, lane=0.0, room=1.0), "PARS": {}, "PARS, room": dict(room=1.0)}
+    queues = {"FCFS (our class)": dict(policy="fcfs"), "FCFS, room": dict(tail=0.0, lane=0.0), "PARS": {}, "PARS, no room": dict(room=None)}
     rows = []
     with ExitStack() as stack:
         urls = {k: stack.enter_context(serving(None, "--served-model-name", "tiny", "--max-num-seqs", str(seqs), "--max-model-len", "1536",

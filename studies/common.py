@@ -95,7 +95,7 @@ class Learning:
 
 
 def scheduler_of(seqs: int = 64, tokens: int = 8192, block_size: int = 16, blocks: int = 20_000, scheduler_cls: str | None = None,
-                 scheduling_policy: str = "fcfs", additional_config: dict[str, Any] | None = None) -> Any:
+                 scheduling_policy: str = "fcfs", additional_config: dict[str, Any] | None = None, max_model_len: int | None = None) -> Any:
     "vLLM's scheduler, or ours (`scheduler_cls`), without an engine."
     import torch
     from vllm.config import CacheConfig, ModelConfig, ParallelConfig, SchedulerConfig, VllmConfig
@@ -108,8 +108,8 @@ def scheduler_of(seqs: int = 64, tokens: int = 8192, block_size: int = 16, block
     from pars_nb.tiny import tiny_llm
 
     model = ModelConfig(model=str(tiny_llm()), dtype="float32")
-    sched = SchedulerConfig(max_num_seqs=seqs, max_num_batched_tokens=tokens, max_model_len=model.max_model_len, policy=scheduling_policy,
-                            is_encoder_decoder=False, async_scheduling=False)
+    sched = SchedulerConfig(max_num_seqs=seqs, max_num_batched_tokens=tokens, max_model_len=max_model_len or model.max_model_len,
+                            policy=scheduling_policy, is_encoder_decoder=False, async_scheduling=False)
     cache = CacheConfig(block_size=block_size, enable_prefix_caching=True)
     cfg = VllmConfig(model_config=model, scheduler_config=sched, cache_config=cache, parallel_config=ParallelConfig(),
                      additional_config=additional_config or {})

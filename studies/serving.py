@@ -99,7 +99,7 @@ def harm(data: Data, target: str | None = None, requests: int = 1000, seeds: int
 
 
 KINDS = {"FCFS (stock)": {}, "priority (stock)": dict(scheduling_policy="priority"), CONTROL: ours(policy="fcfs"),
-         "PARS": ours(client_scores=True), "PARS, room": ours(client_scores=True, room=1.0)}
+         "PARS": ours(client_scores=True), "PARS, no room": ours(client_scores=True, room=None)}
 
 
 def step_cost(kind, waiting, steps, seed, tokens):

@@ -1,6 +1,6 @@
 """The tail rule (nbs/23_tail.ipynb) against first come, first served, on recorded lengths and arrivals. Each command writes
-results/tail/….json: `simulated` every dataset at every load, by the event simulator; `clocked` one dataset in vLLM's own scheduler on a
-nominal clock; `harm` the same with useless and reversed scores; `speed` simulated requests a second.
+results/tail/….json: `simulated` every dataset at every load, by the event simulator; `frontier` what a larger tail would buy; `clocked`
+every dataset in vLLM's own scheduler on a nominal clock; `harm` useless and reversed scores there; `speed` simulated requests a second.
 
     python studies/tail.py simulated --folder ../shared/data --engine results/arena/engine_cpu.json
 """
@@ -8,13 +8,14 @@ import json
 import time
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
 import typer
-from common import EngineFile, gaps_of, write
+from common import EngineFile, RESULTS, gaps_of, write
 
 from pars_nb.advise import scores_with_tau
 from pars_nb.calibrate import load_engine
@@ -127,7 +128,7 @@ def show(summary):
 
 @app.command()
 def simulated(folder: Folder, engine: EngineFile, trace: str = "trace_azure2023_conv.parquet", requests: int = 1500, burst: int = 2000,
-              seeds: int = 5, tails: list[float] = [1.0, 1.1, 1.2], lanes: list[float] = [0.05], max_tokens: int = 1024,  # noqa: B006
+              seeds: int = 5, tails: list[float] = [1.0, 1.1, 1.2], lanes: list[float] = [0.05], max_tokens: int = 32_768,  # noqa: B006
               name: str = "simulated"):
     "Every dataset at every load, each queue on the same requests."
     rows: list[dict[str, Any]] = []
@@ -144,6 +145,24 @@ def simulated(folder: Folder, engine: EngineFile, trace: str = "trace_azure2023_
         show(summary[summary.data == data])
     write(f"tail/{name}", requests=requests, burst=burst, seeds=seeds, max_tokens=max_tokens, engine=e.model_dump(),
           taus={k: v[2] for k, v in DATASETS.items()}, summary=json.loads(summary.to_json(orient="records")))
+
+
+@app.command()
+def frontier(folder: Folder, engine: EngineFile, trace: str = "trace_azure2023_conv.parquet", requests: int = 6000, seeds: int = 5,
+             tails: list[float] = [1.0, 1.05, 1.1, 1.2], lanes: list[float] = [0.05, 0.1, 0.15], max_tokens: int = 32_768):  # noqa: B006
+    "How much of the gap can be had for which tail: wider lanes and larger tails, in long streams, where no idle time helps."
+    rows: list[dict[str, Any]] = []
+    for data in DATASETS:
+        e, gaps, lengths, tau, rate = scene(folder, engine, trace, data, max_tokens)
+        for what, seed in product(WHATS[2:], range(seeds)):
+            r = drawn(lengths, tau, requests, seed, gaps, max_tokens)
+            r = r._replace(arrival=r.arrival / (what * rate))
+            for queue, (policy, told) in rules(r, tails, lanes).items():
+                rows.append(dict(data=data, what=what, seed=seed, queue=queue, **summarise(simulate(told, e, policy).served())))
+        summary = summary_of(rows)
+        show(summary[summary.data == data])
+    write("tail/frontier", requests=requests, seeds=seeds, max_tokens=max_tokens, engine=e.model_dump(), taus={k: v[2] for k, v in DATASETS.items()},
+          summary=json.loads(summary.to_json(orient="records")))
 
 
 class Nominal:
@@ -184,8 +203,8 @@ def hasher_of(block_size):
     return get_request_block_hasher(block_size, sha256)
 
 
-def in_vllm(e, r, prepare=lambda scheduler: None, **pars):
-    "vLLM's own scheduler plays the requests on the nominal clock; the clients send the scores. `prepare` sees the scheduler beforehand."
+def in_vllm(e, r, prepare=lambda scheduler: None, stock=False, **pars):
+    "vLLM's own scheduler (`stock`), or ours, plays the requests on the nominal clock; the clients send the scores. `prepare` sees it beforehand."
     from types import SimpleNamespace
     from unittest.mock import patch
 
@@ -193,56 +212,61 @@ def in_vllm(e, r, prepare=lambda scheduler: None, **pars):
     from clocked import play
     from common import ours, scheduler_of
 
-    clock = Nominal(e)
+    clock, cls = Nominal(e), {} if stock else ours(**dict(client_scores=True, learn=False) | pars)
     with patch.object(module, "time", clock):
-        s = scheduler_of(e.max_num_seqs, e.max_num_batched_tokens, e.block_size, **ours(**dict(client_scores=True, learn=False) | pars))
+        s = scheduler_of(e.max_num_seqs, e.max_num_batched_tokens, e.block_size, **cls, max_model_len=int((r.prompt + r.output).max()) + 1)
         Hears(s, clock)
         prepare(s)
         w = SimpleNamespace(arrivals=r.arrival.tolist(), lengths=r.output.tolist(), scores=r.score.tolist())
         ids = [[3 + (i >> 8 * k) % 256 for k in range(int(n))] for i, n in enumerate(r.prompt)]
-        served = play(s, w, ids, clock, "score", hasher_of(e.block_size))
+        served = play(s, w, ids, clock, "" if stock else "score", hasher_of(e.block_size))
         s.shutdown()
     return served
 
 
-def vllm_queues(r, tails, lanes):
+def vllm_queues(r):
     "Name → the requests as they are told, and the settings."
     oracle = r._replace(score=r.output.astype(float))
-    todo = {"FCFS": (r, dict(policy="fcfs")), "Oracle SJF": (oracle, dict(policy="sjf"))}
-    return todo | {f"tail {tail:g}, lane {lane:g}": (r, dict(tail=tail, lane=lane)) for tail in tails for lane in lanes}
+    return {"stock FCFS": (r, dict(stock=True)), "FCFS": (r, dict(policy="fcfs")), "Oracle SJF": (oracle, dict(policy="sjf")),
+            "all go ahead": (r, dict(policy="sjf")), "lane 0.1, 60 s": (r, dict(tail=0.0, lane=0.1, max_overtake_s=60.0)), "PARS": (r, {})}
 
 
 @app.command()
-def clocked(folder: Folder, engine: EngineFile, trace: str = "trace_azure2023_conv.parquet", data: str = "davinci", requests: int = 1500,
-            burst: int = 2000, seeds: int = 3, tails: list[float] = [0.0, 1.1], lanes: list[float] = [0.05, 0.1],  # noqa: B006
-            whats: list[str] = ["burst", "0.7", "0.9", "1.0", "1.1", "1.3"],  # noqa: B006
-            max_tokens: int = 1024):
-    "One dataset in vLLM's own scheduler, at every load."
-    (e, gaps, lengths, tau, rate), rows = scene(folder, engine, trace, data, max_tokens, burst), []
-    for what in whats:
-        for seed in range(seeds):
+def clocked(folder: Folder, engine: EngineFile, trace: str = "trace_azure2023_conv.parquet", requests: int = 1500, burst: int = 2000,
+            seeds: int = 5, datas: Annotated[str, typer.Option(help="by commas; all where empty")] = "", max_tokens: int = 32_768):
+    "Every dataset in vLLM's own scheduler, at every load. It goes on where it was stopped."
+    path = RESULTS / "tail/clocked.json"
+    rows = json.loads(path.read_text())["rows"] if path.is_file() else []
+    done = {(r["data"], r["what"], r["seed"]) for r in rows}
+    for data in datas.split(",") if datas else DATASETS:
+        e, gaps, lengths, tau, rate = scene(folder, engine, trace, data, max_tokens, burst)
+        for what, seed in product(WHATS, range(seeds)):
+            if (data, what, seed) in done:
+                continue
             r = drawn(lengths, tau, burst if what == "burst" else requests, seed, None if what == "burst" else gaps, max_tokens)
-            r = r if what == "burst" else r._replace(arrival=r.arrival / (float(what) * rate))
-            for queue, (told, settings) in vllm_queues(r, tails, lanes).items():
+            r = r if what == "burst" else r._replace(arrival=r.arrival / (what * rate))
+            for queue, (told, settings) in vllm_queues(r).items():
                 rows.append(dict(data=data, what=what, seed=seed, queue=queue, **summarise(in_vllm(e, told, **settings))))
-        summary = summary_of(rows)
-        show(summary)
-        write(f"tail/clocked-{data}", requests=requests, burst=burst, seeds=seeds, max_tokens=max_tokens, tau=tau, engine=e.model_dump(),
-              summary=json.loads(summary.to_json(orient="records")))
+            summary = summary_of(rows)
+            write("tail/clocked", requests=requests, burst=burst, max_tokens=max_tokens, taus={k: v[2] for k, v in DATASETS.items()},
+                  engine=e.model_dump(), summary=json.loads(summary.to_json(orient="records")), rows=rows)
+        show(summary[summary.data == data])
 
 
 @app.command()
 def harm(folder: Folder, engine: EngineFile, trace: str = "trace_azure2023_conv.parquet", data: str = "davinci", requests: int = 2000,
-         seeds: int = 3, tail: float = 1.1, whats: list[str] = ["0.9", "1.1"], max_tokens: int = 1024):  # noqa: B006
-    "Useless and reversed scores in vLLM's own scheduler, with the guard and without: those that come in the second half."
+         seeds: int = 3, tail: float = 1.1, lane: float = 0.05, whats: list[str] = ["0.9", "1.1"], max_tokens: int = 1024):  # noqa: B006
+    """Useless scores, a predictor's reversed and the true lengths reversed, in vLLM's own scheduler, with the guard and without: those that
+    come in the second half."""
     (e, gaps, lengths, tau, rate), rows = scene(folder, engine, trace, data, max_tokens, requests), []
     for what in whats:
-        for kind in ("useless", "reversed"):
+        for kind in ("useless", "reversed", "truth reversed"):
             for seed in range(seeds):
                 r = drawn(lengths, tau, requests, seed, gaps, max_tokens)
-                wrong = np.random.default_rng(seed).random(requests) if kind == "useless" else -r.output.astype(float)
-                r = r._replace(arrival=r.arrival / (float(what) * rate), score=wrong)
-                queues: dict[str, dict[str, Any]] = {"FCFS": dict(policy="fcfs"), "guard": dict(tail=tail), "no guard": dict(min_tau=0.0, tail=tail),
+                wrong = {"useless": np.random.default_rng(seed).random(requests), "reversed": -r.score, "truth reversed": -r.output.astype(float)}
+                r = r._replace(arrival=r.arrival / (float(what) * rate), score=wrong[kind])
+                queues: dict[str, dict[str, Any]] = {"FCFS": dict(policy="fcfs"), "guard": dict(tail=tail, lane=lane),
+                                                     "no guard": dict(min_tau=0.0, tail=tail, lane=lane),
                                                      "no guard, all go ahead": dict(min_tau=0.0, policy="sjf")}
                 for queue, settings in queues.items():
                     late = sorted(in_vllm(e, r, **settings), key=lambda o: o.arrival)[requests // 2:]

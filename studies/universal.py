@@ -432,28 +432,28 @@ class Both:
 
 @app.command()
 def encoders(data: Data, base: Annotated[str, typer.Option(help="encoder: a hub name or a local folder")] = "bert-base-uncased", seeds: int = 3,
-             folds: str = "0,1,2,3,4", most: int = 1500, losses: str = "win", sees: str = "with,without") -> None:
+             folds: str = "0,1,2,3,4", most: int = 1500, losses: str = "win", sees: str = "with,without", lr: float = 5e-5) -> None:
     "Every workload left out of what an encoder learns, a few at a time, with a third of the models; with and without signals. It resumes."
     from pars_nb.train import skipping
 
     path = RESULTS / "universal/encoders.json"
     rows = json.loads(path.read_text())["rows"] if path.is_file() else []
-    done = {(r["seed"], r["fold"], r["loss"], r["signals"]) for r in rows}
+    done = {(r["seed"], r["fold"], r["loss"], r["signals"], r.get("lr", 5e-5)) for r in rows}
     for seed in range(seeds):
         models = third(data, seed)
         for fold, loss, which in product(map(int, folds.split(",")), losses.split(","), sees.split(",")):
             signals = which == "with"
-            if (seed, fold, loss, signals) in done:
+            if (seed, fold, loss, signals, lr) in done:
                 continue
             records = everything(data, FOLDS[fold], models, most, seed)
-            ranker = encoder(records, base, signals, seed, loss)
+            ranker = encoder(records, base, signals, seed, loss, lr=lr)
             for name in FOLDS[fold]:
                 tests = tested(data, name, models)
                 r = judged(ranker, tests)
                 r["tau_b_skipping"] = judged(skipping(ranker, tests[0][1]), tests, boot=0)["tau_b"]  # its own templates recognised
                 student = taught(lesson(data, tuple(f for f in FOLDS[fold] if f in FREE), models, seed=seed))
                 r["tau_b_both"] = judged(Both(ranker, student, [x.prompt for x in records[::20]]), tests, boot=0)["tau_b"]
-                rows.append(dict(workload=name, seed=seed, fold=fold, loss=loss, signals=signals, learned=len(records), **r))
+                rows.append(dict(workload=name, seed=seed, fold=fold, loss=loss, signals=signals, lr=lr, learned=len(records), **r))
                 print(f"{seed} {name:20s} {loss} {which} signals: {r['tau_b']:.3f} ({r['tau_b_skipping']:.3f}), "
                       f"with the student {r['tau_b_both']:.3f}, prompt length {r['prompt_length']:.3f}", flush=True)
             write("universal/encoders", base=Path(base).name, most=most, rows=rows)
