@@ -478,7 +478,7 @@ def _line_up(world, replica, request):
             place -= 1
         replicas.left[replica, place], replicas.longest[replica, place] = left, one
 
-
+# %% ../nbs/42_events.ipynb #e9b2631c
 @compiled
 def _held(world, request):
     return world.given.prompt[request] + world.progress.generated[request] + _rounding(world.engine.block_size, world.given.price)

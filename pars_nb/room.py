@@ -21,7 +21,7 @@ class Growth(NamedTuple):
     left: float  # still to come of its answer, as predicted
     deviation: float = 0.0  # standard deviation of `left`
 
-
+# %% ../nbs/28_room.ipynb #3c03fc89
 class Ahead:
     "What the running requests will hold."
 
@@ -61,13 +61,9 @@ class Ahead:
         held, left, deviation = self.rows.T
         return float(held.sum() + left.sum() + self.margin * deviation.sum())
 
-    def fits(
-        self,
-        one: Growth,
-        tokens: float,  # the size of the KV cache
-        price: float = math.inf,  # of computing a token again, in tokens decoded; 0: as vLLM; from 1 on preemption never pays
-    ) -> bool:
-        "May it be admitted? If nothing runs, if there is room to its end, or if it decodes more until the cache is full than it may lose."
+    def fits(self, one: Growth, tokens: float, price: float = math.inf) -> bool:  # tokens: the size of the KV cache
+        """May it be admitted? If nothing runs, if there is room to its end, or if it decodes more until the cache is full than it may lose.
+        `price`: of computing a token again, in tokens decoded; at 0 all may come in, as in vLLM, and from 1 on preemption never pays."""
         full = self.full(one, tokens) if len(self) else math.inf
         return full == math.inf or full > price * (one.held + full)
 

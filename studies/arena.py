@@ -40,6 +40,7 @@ from pars_nb.room import Expected, expected
 from pars_nb.simulate import EngineModel, Requests, Simulated, capacity, simulate
 from pars_nb.tail import Tail
 from pars_nb.workload import make_workload
+from tail import LearnedTail
 
 app = typer.Typer(add_completion=False)
 
@@ -64,20 +65,22 @@ def policies(scores, lengths, s_per_token, r, score):
     def pars(share=0.1, span=60.0, cost=tok):
         express = Express(share, held.work_shares)
         return Learning(PARS(Scale(lengths), span, cost, express.quantile), r.output, express)
+    by_tail = LearnedTail(Tail(Scale(lengths), 1.1, tok, together_s=0.05), r.output, Express(0.05, held.work_shares))
     return {
         "FCFS": (FCFS(), "ranker"), "prompt length": (SJF(), "prompt"), "predicted SJF (stock priority)": (SJF(tok), "ranker"),
         "HRRN": (HRRN(tok, s_per_token), "ranker"), "threshold 60 s (paper)": (Threshold(60.0, tok), "ranker"),
         "Boost": (Boost(tok, s_per_token), "ranker"), "PARS, lane 0.1": (pars(), "ranker"), "PARS, lane 0.3": (pars(0.3), "ranker"),
         "PARS, all, 15 s": (pars(1.0, 15.0), "ranker"), "PARS, all, 60 s": (pars(1.0), "ranker"),
         "PARS tail-aware": (pars(cost=Spread(tok, "tail")), "spread"), "PARS Gittins": (pars(cost=Spread(tok, "gittins")), "spread"),
-        "oracle SJF": (SJF(), "oracle")}
+        "PARS, tail 1.1 (the default)": (by_tail, "ranker"), "oracle SJF": (SJF(), "oracle")}
 
 
-ASIDE = {"SRPT (true lengths; sets aside)": 0, "MLFQ (FastServe-like; sets aside)": 1, "Boost by served tokens (UniBoost-like; sets aside)": 2}
+ASIDE = {"SRPT (true lengths; sets aside)": 0, "residual SJF (predicted; sets aside)": 0, "MLFQ (FastServe-like; sets aside)": 1,
+         "Boost by served tokens (UniBoost-like; sets aside)": 2}
 
 
 @njit(cache=True)
-def _set_aside(arrival, prompt, output, kind, seqs, base, prefill, decode, quantum, gamma, s_per_token):
+def _set_aside(arrival, prompt, output, size, kind, seqs, base, prefill, decode, quantum, gamma, s_per_token):
     n, now, nxt, done = len(arrival), 0.0, 0, 0
     got, start, first, last = np.zeros(n, np.int64), np.full(n, np.nan), np.full(n, np.nan), np.full(n, np.nan)
     here, key, m = np.zeros(n, np.int64), np.zeros(n), 0
@@ -91,7 +94,7 @@ def _set_aside(arrival, prompt, output, kind, seqs, base, prefill, decode, quant
         for x in range(m):
             i = here[x]
             if kind == 0:
-                key[x] = output[i] - got[i]
+                key[x] = size[i] - got[i]
             elif kind == 1:
                 key[x] = np.floor(np.log2(got[i] / quantum + 1)) * 1e9 + arrival[i]
             else:
@@ -123,11 +126,11 @@ def _set_aside(arrival, prompt, output, kind, seqs, base, prefill, decode, quant
     return start, first, last
 
 
-def set_aside(r, e, kind, s_per_token, quantum=16, gamma=0.05):
+def set_aside(r, e, size, kind, s_per_token, quantum=16, gamma=0.05):
     """An engine that may set any running request aside at any step, at no cost (its KV stays, there is always room): the policies that
-    need it. vLLM is no such engine. Token by token."""
+    need it. vLLM is no such engine. Token by token; `size` is what a policy knows of the lengths."""
     step = e.max_num_seqs, e.base_s, e.prefill_s, e.decode_s
-    a = _set_aside(np.asarray(r.arrival, float), r.prompt, r.output, kind, *step, quantum, gamma, s_per_token)
+    a = _set_aside(np.asarray(r.arrival, float), r.prompt, r.output, np.asarray(size, float), kind, *step, quantum, gamma, s_per_token)
     return Simulated(r, *a, 0, 0, int(r.output.sum()), 0)
 
 
@@ -198,7 +201,9 @@ def sweep(data: Data, trace: Trace, engine: EngineFile, target: str | None = Non
             todo = policies(table, np.quantile(r.output, at).tolist(), s_per_token, r, clean)
             done: Iterator[tuple[str, Simulated]] = ((name, simulate(told(r, kind, score, spread), e, p)) for name, (p, kind) in todo.items())
             aside = ASIDE if sweep_name in ("load", "burst") else {}  # nothing is predicted there
-            done = chain(done, ((name, set_aside(r, e, kind, s_per_token)) for name, kind in aside.items()))
+            tokens = np.interp(score, table, np.quantile(r.output, at))  # predicted
+            sizes = {name: tokens if "predicted" in name else r.output for name in aside}
+            done = chain(done, ((name, set_aside(r, e, sizes[name], kind, s_per_token)) for name, kind in aside.items()))
             rows += [dict(sweep=sweep_name, x=x, seed=seed, policy=name, **measure(s, tenants)) for name, s in done]
         print(f"seed {seed}: {len(rows)} rows", flush=True)
     write("arena/sweep", n=n, tau=tau, engine=e.model_dump(), rows=rows)
