@@ -235,7 +235,7 @@ def vllm_queues(r):
 def clocked(folder: Folder, engine: EngineFile, trace: str = "trace_azure2023_conv.parquet", requests: int = 1500, burst: int = 2000,
             seeds: int = 5, datas: Annotated[str, typer.Option(help="by commas; all where empty")] = "", max_tokens: int = 32_768):
     "Every dataset in vLLM's own scheduler, at every load. It goes on where it was stopped."
-    path = RESULTS / "tail/clocked.json"
+    path, kept = RESULTS / "tail/clocked.json", ("mean_ntpot_ms", "mean_e2el_ms", "p99_e2el_ms")
     rows = json.loads(path.read_text())["rows"] if path.is_file() else []
     done = {(r["data"], r["what"], r["seed"]) for r in rows}
     for data in datas.split(",") if datas else DATASETS:
@@ -246,7 +246,8 @@ def clocked(folder: Folder, engine: EngineFile, trace: str = "trace_azure2023_co
             r = drawn(lengths, tau, burst if what == "burst" else requests, seed, None if what == "burst" else gaps, max_tokens)
             r = r if what == "burst" else r._replace(arrival=r.arrival / (what * rate))
             for queue, (told, settings) in vllm_queues(r).items():
-                rows.append(dict(data=data, what=what, seed=seed, queue=queue, **summarise(in_vllm(e, told, **settings))))
+                found = summarise(in_vllm(e, told, **settings))
+                rows.append(dict(data=data, what=what, seed=seed, queue=queue, **{k: found[k] for k in kept}))
             summary = summary_of(rows)
             write("tail/clocked", requests=requests, burst=burst, max_tokens=max_tokens, taus={k: v[2] for k, v in DATASETS.items()},
                   engine=e.model_dump(), summary=json.loads(summary.to_json(orient="records")), rows=rows)

@@ -438,7 +438,7 @@ def encoders(data: Data, base: Annotated[str, typer.Option(help="encoder: a hub 
 
     path = RESULTS / "universal/encoders.json"
     rows = json.loads(path.read_text())["rows"] if path.is_file() else []
-    done = {(r["seed"], r["fold"], r["loss"], r["signals"], r.get("lr", 5e-5)) for r in rows}
+    done = {(r["seed"], r["fold"], r["loss"], r["signals"], r["lr"]) for r in rows}
     for seed in range(seeds):
         models = third(data, seed)
         for fold, loss, which in product(map(int, folds.split(",")), losses.split(","), sees.split(",")):
@@ -457,6 +457,34 @@ def encoders(data: Data, base: Annotated[str, typer.Option(help="encoder: a hub 
                 print(f"{seed} {name:20s} {loss} {which} signals: {r['tau_b']:.3f} ({r['tau_b_skipping']:.3f}), "
                       f"with the student {r['tau_b_both']:.3f}, prompt length {r['prompt_length']:.3f}", flush=True)
             write("universal/encoders", base=Path(base).name, most=most, rows=rows)
+
+
+class Once:
+    "A ranker that scores each prompt once: many models answered the same ones."
+
+    def __init__(self, ranker: Any) -> None:
+        self.ranker, self.known = ranker, dict[str, float]()
+
+    def score(self, prompts: list[str]) -> np.ndarray:
+        new = [p for p in dict.fromkeys(prompts) if p not in self.known]
+        if new:
+            self.known |= dict(zip(new, self.ranker.score(new).tolist(), strict=True))
+        return np.array([self.known[p] for p in prompts])
+
+
+@app.command()
+def folder(data: Data, ranker: Annotated[Path, typer.Option(help="what `pars train --recipe universal` wrote")], most: int = 400) -> None:
+    "A ranker of the sources that may be learned from, where it has not been: the others, by all their models; and the student that ships, beside it."
+    from pars_nb.ranker import load_ranker
+
+    encoder, student, rows = Once(load_ranker(ranker)), Once(load_student(OUT)), []
+    both = Both(encoder, student, free(data).drop_duplicates("prompt_id").prompt.tolist()[::20])
+    for name in NOT_FREE:
+        tests = tested(data, name, (), most)
+        for of, judge in (("encoder", encoder), ("student", student), ("both", both)):
+            rows.append(dict(workload=name, ranker=of, **judged(judge, tests)))
+        print(name, {r["ranker"]: round(r["tau_b"], 3) for r in rows[-3:]}, "prompt length", round(rows[-1]["prompt_length"], 3), flush=True)
+    write("universal/folder", card=encoder.ranker.meta.model_dump(exclude={"templates", "score_quantiles", "length_quantiles"}), rows=rows)
 
 
 CARD = """---
