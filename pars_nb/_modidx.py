@@ -590,6 +590,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'pars_nb.learner.Started': ('learner.html#started', 'pars_nb/learner.py'),
                                  'pars_nb.learner.Started._line': ('learner.html#started._line', 'pars_nb/learner.py'),
                                  'pars_nb.learner.Started._start': ('learner.html#started._start', 'pars_nb/learner.py'),
+                                 'pars_nb.learner.Started._why': ('learner.html#started._why', 'pars_nb/learner.py'),
                                  'pars_nb.learner.Tables': ('learner.html#tables', 'pars_nb/learner.py'),
                                  'pars_nb.learner.Tables.__post_init__': ('learner.html#tables.__post_init__', 'pars_nb/learner.py'),
                                  'pars_nb.learner.Upstream': ('learner.html#upstream', 'pars_nb/learner.py'),

@@ -1184,6 +1184,13 @@ class Started(Fed):
                 door.close()
         return ours
 
+    def _why(self, e: Exception) -> str:
+        "The exit code of a process that has ended, whichever end of the pipe noticed it first; otherwise the error."
+        try:
+            return first_line(e) if self.process is None else f"exit code {self.process.wait(1)}"
+        except subprocess.TimeoutExpired:
+            return first_line(e)
+
 # %% ../nbs/31_learner.ipynb #976373dd
 class Child(Started):
     "The process that learns, restarted when it dies."
@@ -1200,7 +1207,7 @@ class Child(Started):
             except Exception as e:  # the process has died, or can't be started; the engine goes on
                 if not self.ended:
                     log.warning("PARS: the learner's process has ended (%s); it is started again in %.0f s, the last tables serve meanwhile",
-                                first_line(e), wait)
+                                self._why(e), wait)
             self.heard = False
             wait = self.patience_s if time.monotonic() - began > 60 else min(60.0, 2 * wait)
             if not self.ended:
@@ -1217,7 +1224,7 @@ class Child(Started):
             self._hand_over(pipe)
             time.sleep(0.05)  # so that requests go in batches
         if not self.ended:
-            raise ChildProcessError("another rank's" if self.process is None else f"exit code {self.process.wait(1)}")
+            raise ChildProcessError("another rank's" if self.process is None else "it listens no more")
         pipe.send(None)  # leave: the process sends a last verdict and saves its state; the end of the pipe also ends the listening thread
         if self.process is not None:
             self.process.wait(10)
