@@ -37,21 +37,11 @@ class Ahead:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def _by_end(self, one: Growth | None) -> tuple[np.ndarray, np.ndarray]:  # (n,) held by the first k, and the end of the k-th
-        "All of them, and `one` beside them, the last to end first: what they hold now and the margin, and the steps until each one ends."
-        rows = np.concatenate([self.rows, [one]]) if one else self.rows
-        held, left, deviation = rows[np.argsort(-rows[:, 1])].T
-        return held.cumsum() + self.margin * np.sqrt((deviation**2).cumsum()), left
-
-    def peak(self, one: Growth | None = None) -> float:
-        "The most tokens that they will hold at once, with `one` beside them; 0 for none. O(n log n), in numpy."
-        held, left = self._by_end(one)
-        return float((held + left * np.arange(1, len(left) + 1)).max(initial=0.0))
-
     def full(self, one: Growth, tokens: float) -> float:
-        "Steps until the cache is full, with `one` beside them; ∞ if it never is."
-        held, left = self._by_end(one)
-        count = np.arange(1, len(left) + 1)
+        "Steps until the cache is full, with `one` beside them; ∞ if it never is. O(n log n), in numpy."
+        rows = np.concatenate([self.rows, [one]])
+        held, left, deviation = rows[np.argsort(-rows[:, 1])].T
+        held, count = held.cumsum() + self.margin * np.sqrt((deviation**2).cumsum()), np.arange(1, len(left) + 1)
         over = np.flatnonzero(held + left * count > tokens)  # full before these end
         first = np.append(left, 0.0)[over + 1]  # the step from which only these run
         return float(np.maximum((tokens - held[over]) / count[over], first).min(initial=math.inf))

@@ -75,8 +75,8 @@ def policies(scores, lengths, s_per_token, r, score):
         "PARS, tail 1.1 (the default)": (by_tail, "ranker"), "oracle SJF": (SJF(), "oracle")}
 
 
-ASIDE = {"SRPT (true lengths; sets aside)": 0, "residual SJF (predicted; sets aside)": 0, "MLFQ (FastServe-like; sets aside)": 1,
-         "Boost by served tokens (UniBoost-like; sets aside)": 2}
+ASIDE = {"SRPT (true lengths; sets aside)": (0, "oracle"), "residual SJF (predicted; sets aside)": (0, "ranker"),
+         "MLFQ (FastServe-like; sets aside)": (1, "oracle"), "Boost by served tokens (UniBoost-like; sets aside)": (2, "oracle")}
 
 
 @njit(cache=True)
@@ -201,9 +201,8 @@ def sweep(data: Data, trace: Trace, engine: EngineFile, target: str | None = Non
             todo = policies(table, np.quantile(r.output, at).tolist(), s_per_token, r, clean)
             done: Iterator[tuple[str, Simulated]] = ((name, simulate(told(r, kind, score, spread), e, p)) for name, (p, kind) in todo.items())
             aside = ASIDE if sweep_name in ("load", "burst") else {}  # nothing is predicted there
-            tokens = np.interp(score, table, np.quantile(r.output, at))  # predicted
-            sizes = {name: tokens if "predicted" in name else r.output for name in aside}
-            done = chain(done, ((name, set_aside(r, e, sizes[name], kind, s_per_token)) for name, kind in aside.items()))
+            sizes = dict(oracle=r.output, ranker=np.interp(score, table, np.quantile(r.output, at)))
+            done = chain(done, ((name, set_aside(r, e, sizes[told_by], kind, s_per_token)) for name, (kind, told_by) in aside.items()))
             rows += [dict(sweep=sweep_name, x=x, seed=seed, policy=name, **measure(s, tenants)) for name, s in done]
         print(f"seed {seed}: {len(rows)} rows", flush=True)
     write("arena/sweep", n=n, tau=tau, engine=e.model_dump(), rows=rows)
