@@ -28,6 +28,7 @@ from .moved import forwards
 from .order import tau_b
 from .ranker import Ranker, load_ranker, to_scores
 from .student import load_student, named
+from .together import assisted
 
 # %% ../nbs/11_backends.ipynb #395f0827
 FILES = {"onnx": "model.onnx", "onnx-int8": "model_int8.onnx", "openvino": "model.xml", "openvino-int8": "model_int8.xml"}
@@ -191,7 +192,7 @@ def open_ranker(
     if backend == "auto":
         found = choose(folder, threads)
         backend = found[0]["backend"] if found else "torch"
-    return load_ranker(folder) if backend == "torch" else exported(folder, backend, threads)
+    return assisted(load_ranker(folder) if backend == "torch" else exported(folder, backend, threads), folder)
 
 # %% ../nbs/11_backends.ipynb #2e2cde59
 def export(
@@ -214,7 +215,7 @@ def export(
             _write(ranker, new, backends)
         except ImportError as e:
             raise RankerError(f"exporting needs {e.name}: pip install 'pars_nb[fast]'") from e
-        (new / "probes.json").write_text(json.dumps(dict(prompts=kept, scores=ranker.score(kept).tolist())))
+        (new / "probes.json").write_text(json.dumps(dict(prompts=kept, scores=assisted(ranker, folder).score(kept).tolist())))
         shutil.rmtree(folder / "fast", ignore_errors=True)
         new.rename(folder / "fast")
     return folder / "fast"

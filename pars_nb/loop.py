@@ -255,11 +255,13 @@ def lessons(data: Path, recipe: str, target: str | None, max_prompts: int | None
 
 def taught(records: Any, out: Path, resume: bool, several: bool, **settings: Any) -> None:
     "Train a ranker and show how good it is."
+    from pars_nb.together import join
     from pars_nb.train import TrainConfig
     from pars_nb.train import train as fit
 
     start = time.time()
     ranker = fit(records, out, TrainConfig(**settings), resume, several=several)
+    ranker = join(ranker, out, records) if several else ranker
     of = ", ".join(sorted({r.model for r in records}))  # one LLM, or the sources
     show_report(ranker.meta.metrics, f"{len(records)} prompts of {of}, trained in {time.time() - start:.0f} s")
 

@@ -173,6 +173,7 @@ def in_batches(
 class Ranker(Reader):
     "A reader of prompts whose `model` is an encoder with a head."
     backend: str = "torch"  # what runs it
+    beside: Callable[[Sequence[str], np.ndarray], np.ndarray] | None = None  # (prompts, (n,) scores) → scores (see `together`)
 
     @torch.inference_mode()
     def _logits(self, *inputs: np.ndarray) -> torch.Tensor:
@@ -193,6 +194,7 @@ class Ranker(Reader):
         if isinstance(self.model, torch.nn.Module):
             self.model.eval()
         out = self.batches(prompts, self.run, batch_size)
+        out = self.beside(prompts, out) if self.beside else out
         q = self.meta.score_quantiles
         return np.where(np.isfinite(out), out, np.float32(q[len(q) // 2] if q else 0))
 

@@ -21,11 +21,11 @@ from datasets import Dataset
 from pydantic import BaseModel, Field
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from .card import RankerMeta
+from .card import RankerMeta, examine
 from .errors import DataError
 from .fusion import Fused
 from .glance import signals
-from .order import ranking_report, tau_b
+from .order import tau_b
 from .pairs import check_admissible, log_noise
 from .ranker import LOSSES, OUTPUTS, Ranker, load_encoder, load_ranker, to_scores
 from .records import Record, fingerprint, split
@@ -129,16 +129,17 @@ def training_args(cfg: TrainConfig, out: Path, steps: int, quiet: bool) -> Train
 
 
 def fit(ranker: Ranker, train: Sequence[Record], val: Sequence[Record], cfg: TrainConfig, out: Path,
-        resume: bool = False, quiet: bool = False, callbacks: Sequence[TrainerCallback] = ()) -> RankTrainer:
+        resume: bool = False, quiet: bool = False, callbacks: Sequence[TrainerCallback] = (),
+        kind: type[RankTrainer] = RankTrainer) -> RankTrainer:
     "Train `ranker` in place; checkpoints go to `out`, and `resume` goes on from the last one there."
     def metrics(p: Any) -> dict[str, float]:
         t = tau_b(to_scores(torch.tensor(p.predictions)).numpy(), p.label_ids)
         return dict(tau_b=0.0 if math.isnan(t) else t)
 
     steps = math.ceil(len(train) / cfg.batch_size / cfg.grad_accumulation) * math.ceil(cfg.epochs)
-    trainer = RankTrainer(ranker.model, training_args(cfg, out, steps, quiet), cfg=cfg, compute_metrics=metrics, callbacks=[*callbacks],
-                          data_collator=lambda rows: collate(ranker.tokenizer, rows),
-                          train_dataset=as_dataset(ranker, train, cfg.target), eval_dataset=as_dataset(ranker, val, cfg.target))
+    trainer = kind(ranker.model, training_args(cfg, out, steps, quiet), cfg=cfg, compute_metrics=metrics, callbacks=[*callbacks],
+                   data_collator=lambda rows: collate(ranker.tokenizer, rows),
+                   train_dataset=as_dataset(ranker, train, cfg.target), eval_dataset=as_dataset(ranker, val, cfg.target))
     if quiet:
         trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=resume or None)
@@ -151,7 +152,7 @@ def new_ranker(records: Sequence[Record], cfg: TrainConfig) -> Ranker:
     facts = dict(target_model=models.pop() if len(models) == 1 else "universal", train_prompts=len(records), loss=cfg.loss,
                  token_source=counters.pop() if len(counters) == 1 else "mixed",
                  fingerprint=fingerprint(records), delta=cfg.delta, margin=cfg.margin, max_length=cfg.max_length,
-                 end_tokens=cfg.end_tokens, seed=cfg.seed, pars_nb=_version())
+                 end_tokens=cfg.end_tokens, seed=cfg.seed, beside=None, pars_nb=_version())
     prompts = [r.prompt for r in records]
     if cfg.init:
         r = load_ranker(cfg.init)
@@ -191,7 +192,7 @@ def check_records(records: Sequence[Record], cfg: TrainConfig, several: bool = F
                         "or learn what they agree on with --recipe universal")
 
 # %% ../nbs/09_train.ipynb #7b885a7d
-def by_source(ranker: Ranker, records: Sequence[Record], least: int = 10) -> dict[str, float]:
+def by_source(ranker: Any, records: Sequence[Record], least: int = 10) -> dict[str, float]:
     "τ_b within each source (the `model` of a record) that has `least` prompts or more."
     groups: dict[str, list[Record]] = {}
     for r in records:
@@ -221,11 +222,7 @@ def train(
     trainer = fit(ranker, parts["train"], parts["val"], cfg, checkpoints, resume and any(checkpoints.glob("checkpoint-*")), quiet)
     if not trainer.is_world_process_zero():
         return ranker  # under torchrun all processes have the same weights, and the first one writes
-    held = [*parts["val"], *parts["test"]]
-    ranker.meta.measure(ranker.score([r.prompt for r in held]), np.array([r.mean for r in held]))
-    report = ranking_report(ranker.score([r.prompt for r in parts["test"]]), parts["test"], cfg.delta)
-    report |= by_source(ranker, parts["test"]) if several else {}
-    ranker.meta.metrics = {k: None if math.isnan(v) else round(v, 4) for k, v in report.items()}
+    examine(ranker, parts["val"], parts["test"], by_source(ranker, parts["test"]) if several else {})
     ranker.save(out)
     shutil.rmtree(checkpoints, ignore_errors=True)
     return ranker

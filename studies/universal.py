@@ -6,8 +6,7 @@ Each command writes one JSON into results/universal; `fit` writes the student in
 import json
 import random
 import re
-from functools import lru_cache
-from itertools import product
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +16,7 @@ import typer
 from common import RESULTS, Data, write
 
 from pars_nb.card import RankerMeta
-from pars_nb.consensus import agreed, levels
+from pars_nb.consensus import levels
 from pars_nb.order import bootstrap, tau_b
 from pars_nb.records import Record, draw, fingerprint, read, split, unit_hash
 from pars_nb.glance import SIGNALS, WORD, look
@@ -48,6 +47,7 @@ PRIOR = 30.0  # how much more a hand-written request weighs than a prompt of a s
 KEEP = 0.1  # share of the difference between the sources' means that is learned; the rest is left to the traffic's own means
 
 
+@cache
 def plain(text: str) -> str:
     return re.sub(r"\W+", " ", text.lower()).strip()
 
@@ -308,21 +308,19 @@ SEEN = 0.7  # prompts whose hash is below are learned from
 
 
 @app.command()
-def mixed(data: Data, base: Annotated[str, typer.Option(help="an encoder instead of the student")] = "", seeds: int = 3, known: int = 20,
-          most: int = 1500) -> None:
+def mixed(data: Data, seeds: int = 3, known: int = 20) -> None:
     "Castillo's workloads pooled: one target model that was left out, prompts that were left out, so many lengths of each workload known."
-    left, rows = tuple(map(one_name, TARGETS)), []
-    ranker = encoder(everything(data, (), left, most, 0, SEEN), base, True, 0) if base else None
+    rows = []
     for target in TARGETS:
         every = free(data)
         seen = every.prompt_id[every.prompt.map(lambda p: unit_hash(plain(p))) < SEEN]
-        student = taught(lesson(data, models=(one_name(target),), prompts=seen)) if ranker is None else None
-        parts = parts_of(data, target, ranker or student)
+        student = taught(lesson(data, models=(one_name(target),), prompts=seen))
+        parts = parts_of(data, target, student)
         for seed in range(seeds):
             rows.append(dict(target=target, seed=seed, prompts=sum(len(p) - known for p, *_ in parts),
                              tau_b=ways(parts, known, np.random.default_rng(seed), student)))
             print(rows[-1], flush=True)
-    write("universal/mixed_encoder" if base else "universal/mixed", seeds=seeds, known=known, workloads=CASTILLO, base=Path(base).name, rows=rows)
+    write("universal/mixed", seeds=seeds, known=known, workloads=CASTILLO, rows=rows)
 
 
 @app.command()
@@ -368,8 +366,6 @@ def fit(data: Data, seed: int = 0) -> None:
     print({p.name: p.stat().st_size for p in OUT.iterdir()}, student.meta.metrics)
 
 
-# ---- encoders
-
 @app.command()
 def sources(data: Data, out: Annotated[Path, typer.Option(help="folder for a file of lengths of each source")] = Path("runs/free")) -> None:
     "What may be learned from, a file for each source, for `pars train --recipe universal --data OUT`."
@@ -379,112 +375,6 @@ def sources(data: Data, out: Annotated[Path, typer.Option(help="folder for a fil
         one_text = rows.groupby("prompt_id", sort=False).prompt.transform("first")  # of one the end is cut in two places
         rows[["prompt_id"]].assign(prompt=one_text, model=rows.name, response_tokens=lengths).to_parquet(out / f"{name}.parquet")
         print(name, rows.prompt_id.nunique(), "prompts,", rows.name.nunique(), "models")
-
-
-EVERYTHING = (*FREE, *(f for f in NOT_FREE if f not in ("alpaca_gpt4_subset", "gemma4_mmlu_pro_thinking")))  # for measuring only
-ALPACA = 3000  # prompts of each of the two large files of one model
-FROZEN = re.compile(r"embeddings|encoder\.layer\.[0-2]\.")  # weights that stay as they are, to save time
-FOLDS = (("castillo_sharegpt", "castillo_mbpp"), ("castillo_dolly", "castillo_apps"), ("castillo_alpaca", "castillo_ds1000"),
-         ("mmlu_pro_cot", "alpaca_eval"), ("zeroeval_crux", "arena_fastchat", "arena_hard_v01"))
-
-
-def everything(data: Path, without: tuple[str, ...], models: tuple[str, ...], most: int, seed: int, keep: float = 1.0) -> list[Record]:
-    "What models agree on in every source but those left out and their prompts; `keep`: only prompts whose hash is below."
-    left = {plain(p) for f in without for p in source(data, f).prompt.unique()}
-    out = []
-    for name in EVERYTHING:
-        rows = source(data, name)
-        rows = rows[~rows.name.isin(models) & ~rows.prompt.map(plain).isin(left) & (rows.prompt.map(lambda p: unit_hash(plain(p))) < keep)]
-        if name not in without and len(rows):
-            records = [as_record(*r) for r in zip(rows.prompt_id, rows.prompt, rows.log, rows.name, strict=True)]
-            out += draw(agreed(records, name), ALPACA if name.startswith("alpaca_") else most, seed)
-    return out
-
-
-def encoder(records: list[Record], base: str, signals: bool, seed: int, loss: str = "win", epochs: float = 2, lr: float = 5e-5) -> Any:
-    "An encoder that was taught, the last epoch kept: no workload is there to choose one by."
-    import tempfile
-
-    from transformers import set_seed
-
-    from pars_nb.train import TrainConfig, new_ranker
-    from pars_nb.train import fit as train
-
-    cfg = TrainConfig(encoder=base, loss=loss, epochs=epochs, signals=signals, max_length=96, keep_best=False, seed=seed, lr=lr)
-    set_seed(seed)
-    ranker = new_ranker(records, cfg)
-    for name, weights in ranker.model.named_parameters():
-        weights.requires_grad_(not FROZEN.search(name))
-    with tempfile.TemporaryDirectory() as checkpoints:
-        train(ranker, records, records[:64], cfg, Path(checkpoints))
-    return ranker
-
-
-class Both:
-    "The sum of two rankers' scores, each over its spread on prompts of the training."
-
-    def __init__(self, a: Any, b: Any, prompts: list[str]) -> None:
-        self.each = [(r, r.score(prompts).std()) for r in (a, b)]
-
-    def score(self, prompts: list[str]) -> np.ndarray:
-        return sum(r.score(prompts) / spread for r, spread in self.each)  # type: ignore[return-value]
-
-
-@app.command()
-def encoders(data: Data, base: Annotated[str, typer.Option(help="encoder: a hub name or a local folder")] = "bert-base-uncased", seeds: int = 3,
-             folds: str = "0,1,2,3,4", most: int = 1500, losses: str = "win", sees: str = "with,without", lr: float = 5e-5) -> None:
-    "Every workload left out of what an encoder learns, a few at a time, with a third of the models; with and without signals. It resumes."
-    from pars_nb.train import skipping
-
-    path = RESULTS / "universal/encoders.json"
-    rows = json.loads(path.read_text())["rows"] if path.is_file() else []
-    done = {(r["seed"], r["fold"], r["loss"], r["signals"], r["lr"]) for r in rows}
-    for seed in range(seeds):
-        models = third(data, seed)
-        for fold, loss, which in product(map(int, folds.split(",")), losses.split(","), sees.split(",")):
-            signals = which == "with"
-            if (seed, fold, loss, signals, lr) in done:
-                continue
-            records = everything(data, FOLDS[fold], models, most, seed)
-            ranker = encoder(records, base, signals, seed, loss, lr=lr)
-            for name in FOLDS[fold]:
-                tests = tested(data, name, models)
-                r = judged(ranker, tests)
-                r["tau_b_skipping"] = judged(skipping(ranker, tests[0][1]), tests, boot=0)["tau_b"]  # its own templates recognised
-                student = taught(lesson(data, tuple(f for f in FOLDS[fold] if f in FREE), models, seed=seed))
-                r["tau_b_both"] = judged(Both(ranker, student, [x.prompt for x in records[::20]]), tests, boot=0)["tau_b"]
-                rows.append(dict(workload=name, seed=seed, fold=fold, loss=loss, signals=signals, lr=lr, learned=len(records), **r))
-                print(f"{seed} {name:20s} {loss} {which} signals: {r['tau_b']:.3f} ({r['tau_b_skipping']:.3f}), "
-                      f"with the student {r['tau_b_both']:.3f}, prompt length {r['prompt_length']:.3f}", flush=True)
-            write("universal/encoders", base=Path(base).name, most=most, rows=rows)
-
-
-class Once:
-    "A ranker that scores each prompt once: many models answered the same ones."
-
-    def __init__(self, ranker: Any) -> None:
-        self.ranker, self.known = ranker, dict[str, float]()
-
-    def score(self, prompts: list[str]) -> np.ndarray:
-        new = [p for p in dict.fromkeys(prompts) if p not in self.known]
-        if new:
-            self.known |= dict(zip(new, self.ranker.score(new).tolist(), strict=True))
-        return np.array([self.known[p] for p in prompts])
-
-
-@app.command()
-def folder(data: Data, ranker: Annotated[Path, typer.Option(help="what `pars train --recipe universal` wrote")], most: int = 400) -> None:
-    "A ranker of the sources that may be learned from, where it has not been: the others, by all their models; and the student that ships, beside it."
-    from pars_nb.ranker import load_ranker
-
-    encoder, student, rows = Once(load_ranker(ranker)), Once(load_student(OUT)), []
-    both = Both(encoder, student, free(data).drop_duplicates("prompt_id").prompt.tolist()[::20])
-    for name in NOT_FREE:
-        tests = tested(data, name, (), most)
-        for of, judge in (("encoder", encoder), ("student", student), ("both", both)):
-            rows.append(dict(workload=name, ranker=of, **judged(judge, tests)))
-        print(name, {r["ranker"]: round(r["tau_b"], 3) for r in rows[-3:]}, "prompt length", round(rows[-1]["prompt_length"], 3), flush=True)
-    write("universal/folder", card=encoder.ranker.meta.model_dump(exclude={"templates", "score_quantiles", "length_quantiles"}), rows=rows)
 
 
 CARD = """---
