@@ -24,7 +24,7 @@ class Balance(BaseModel):
     "How a student's scores are put beside a ranker's (see `together`)."
     own: float  # spread of the ranker's scores on prompts of the training
     words: float  # of the student's
-    levels: list[float]  # by kind of prompt: how far the ranker's mean lies above the student's, in units of the spreads
+    levels: list[float]  # by kind of prompt: what is added to the student's scores, in units of the spreads
 
 
 class RankerMeta(BaseModel):

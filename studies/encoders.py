@@ -33,7 +33,7 @@ from pars_nb.train import RankTrainer, TrainConfig, fit, new_ranker
 app = typer.Typer(add_completion=False)
 Taught = Annotated[Path, typer.Option(help="folder of the scores that `teach` wrote")]
 TAUGHT = Path("runs/taught")
-SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.85, 0.95, 1.0)  # of the student beside an encoder
+GRID = (0.0, 0.1, 0.25, 0.5, 0.75, 0.8, 0.9, 1.0)  # shares of the student beside an encoder
 EVERYTHING = (*FREE, *(f for f in NOT_FREE if f not in ("alpaca_gpt4_subset", "gemma4_mmlu_pro_thinking")))  # for measuring only
 ALPACA = 3000  # prompts of each of the two large files of one model
 FOLDS = {  # workloads that are left out together
@@ -248,12 +248,12 @@ def judge(data: Data, folder: Taught = TAUGHT) -> None:
         known, (student, spread) = Known(rows), student_of(data, fold, seed)
         for name in FOLDS[fold]:
             tests = tested(data, name, third(data, seed))
-            both = [Both(known, known.spread, student, spread, share) for share in (None, *SHARES)]
+            both = [Both(known, known.spread, student, spread, share) for share in (None, *GRID)]
             r, *by_share = (judged(b, tests, boot=0 if i else 100) for i, b in enumerate(both))
             out.append(dict(workload=name, seed=seed, **recipe, **r, by_share=[o["tau_b"] for o in by_share]))
             print(f"{recipe['base']} {seed} {name:20s} {r['tau_b']:.3f}, prompt length {r['prompt_length']:.3f}; by the student's share",
                   [round(o["tau_b"], 3) for o in by_share], flush=True)
-    write("universal/encoders", shares=SHARES, rows=out)
+    write("universal/encoders", shares=GRID, rows=out)
 
 
 @app.command()
