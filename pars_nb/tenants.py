@@ -92,7 +92,7 @@ class TenantTail(Tail):
 
     def lead(self, waiting: int) -> float:  # work
         "How far a tenant may be ahead of its turns."
-        return max(0.0, self.tail - 1) / 20 * waiting
+        return max(0.0, self.tail - 1) / 30 * waiting
 
 
 def by_tenant(policy: Policy, accounts: Accounts) -> Policy:

@@ -78,12 +78,14 @@ def join(
     records: Sequence[Record],  # the same as the ranker was trained on
     student: str | Path = "universal",  # a student's folder, or the one that ships
 ) -> Ranker:
-    "Let a student score beside a ranker from now on. Raises `RankerError`."
+    "A ranker with a student beside it, saved; one trained with `lognormal` stays alone. Raises `RankerError`."
+    if ranker.meta.loss == "lognormal":
+        return ranker  # its score is the log of a length, and must stay that
     words = load_student(named(student))
     learned, val, test = split(records, seed=ranker.meta.seed)
-    ranker.meta.beside = balance(ranker, words, [r.prompt for r in draw(learned, 2000, ranker.meta.seed)])
+    at = balance(ranker, words, [r.prompt for r in draw(learned, 2000, ranker.meta.seed)])
+    both = replace(ranker, meta=ranker.meta.model_copy(update=dict(beside=at)), beside=Beside(words, at))
+    examine(both, val, test, by_source(both, test))
     words.save(Path(folder) / FOLDER)
-    ranker = assisted(ranker, folder)
-    examine(ranker, val, test, by_source(ranker, test))
-    ranker.save(folder)
-    return ranker
+    both.save(folder)
+    return both
