@@ -12,12 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from .card import Balance, examine
+from .card import Balance
 from .glance import KINDS, look
 from .ranker import Ranker
 from .records import Record, draw, split
 from .student import Student, load_student, named
-from .train import by_source
 
 # %% ../nbs/10_together.ipynb #f73c9eee
 SHARE = dict(plain=0.25, passage=0.25, code=0.8, maths=0.25, choice=0.0)  # of the student, by kind of prompt
@@ -85,7 +84,8 @@ def join(
     learned, val, test = split(records, seed=ranker.meta.seed)
     at = balance(ranker, words, [r.prompt for r in draw(learned, 2000, ranker.meta.seed)])
     both = replace(ranker, meta=ranker.meta.model_copy(update=dict(beside=at)), beside=Beside(words, at))
-    examine(both, val, test, by_source(both, test))
+    held = [*val, *test]
+    both.meta.measure(both.score([r.prompt for r in held]), np.array([r.mean for r in held]))
     words.save(Path(folder) / FOLDER)
     both.save(folder)
     return both
