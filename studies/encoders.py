@@ -1,6 +1,6 @@
 """What an encoder learns of all recorded sources, where it has not been. `teach` needs a GPU or patience, and writes scores; the rest reads them.
 
-    python studies/encoders.py teach --data ../shared/data --base runs/minilm
+    python studies/encoders.py teach --data ../shared/data --base runs/minilm --lr 1e-4 --folds 0,1,2,3,4,5,mixed,adapt
     python studies/encoders.py judge --data ../shared/data
 """
 import json
@@ -47,7 +47,7 @@ FOLDS = {  # workloads that are left out together
 @dataclass(frozen=True)
 class Lesson:
     "What an encoder learns from."
-    most: int = 3000  # prompts of a source
+    most: int = 1000  # prompts of a source
     across: bool = False  # pairs across Castillo's workloads too, whose prompts the same models answered
 
 
@@ -137,8 +137,8 @@ def encoder(records: list[Record], cfg: TrainConfig, trainer: str = "plain", fro
 
 @app.command()
 def teach(data: Data, base: Annotated[str, typer.Option(help="encoder: a hub name or a local folder")] = "bert-base-uncased",
-          folds: str = "0,1,2,3,4,5", seeds: str = "0,1,2", lr: float = 5e-5, epochs: float = 2, max_length: int = 128, signals: bool = True,
-          loss: str = "win", trainer: str = "plain", frozen: int = 0, most: int = 3000, across: bool = False, out: Taught = TAUGHT) -> None:
+          folds: str = "0,1,2,3,4,5", seeds: str = "0,1,2", lr: float = 5e-5, epochs: float = 4, max_length: int = 128, signals: bool = True,
+          loss: str = "win", trainer: str = "plain", frozen: int = 0, most: int = 1000, across: bool = False, out: Taught = TAUGHT) -> None:
     "Teach an encoder each fold, and write its scores of what was left out. What is there already is not done again."
     out.mkdir(parents=True, exist_ok=True)
     for seed, fold in product(map(int, seeds.split(",")), folds.split(",")):
