@@ -13,18 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from .errors import RankerError, first_line
+from .glance import KINDS
 from .order import ranking_report
 from .template import Templates
 
 # %% ../nbs/07_card.ipynb #e02da2b5
 class Balance(BaseModel):
     "How a student's scores are put beside a ranker's (see `together`)."
-    own: float  # spread of the ranker's scores on prompts of the training
-    words: float  # of the student's
-    levels: list[float]  # by kind of prompt: what is added to the student's scores, in units of the spreads
+    own: float = Field(gt=0)  # spread of the ranker's scores on prompts of the training
+    words: float = Field(gt=0)  # of the student's
+    levels: list[float] = Field(min_length=len(KINDS), max_length=len(KINDS))  # by kind: what is added to the student's scores, in its spreads
 
 
 class RankerMeta(BaseModel):
@@ -57,7 +58,7 @@ class RankerMeta(BaseModel):
 
 # %% ../nbs/07_card.ipynb #ddaee468
 def examine(ranker: Any, val: Sequence[Any], test: Sequence[Any], more: dict[str, float] | None = None) -> None:
-    "Set the tables and the test results in `ranker.meta` from records that it did not learn; `more` test results go there as they are."
+    "Set the tables and the test results in `ranker.meta` from records that it did not learn; `more` are further test results."
     held = [*val, *test]
     ranker.meta.measure(ranker.score([r.prompt for r in held]), np.array([r.mean for r in held]))
     found = ranking_report(ranker.score([r.prompt for r in test]), test, ranker.meta.delta) | (more or {})

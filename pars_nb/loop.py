@@ -261,7 +261,8 @@ def taught(records: Any, out: Path, resume: bool, several: bool, **settings: Any
 
     start = time.time()
     ranker = fit(records, out, TrainConfig(**settings), resume, several=several)
-    ranker = join(ranker, out, records) if several else ranker
+    if several and ranker.meta.metrics:  # under torchrun the first process alone has tested it, and writes
+        ranker = join(ranker, out, records)
     of = ", ".join(sorted({r.model for r in records}))  # one LLM, or the sources
     show_report(ranker.meta.metrics, f"{len(records)} prompts of {of}, trained in {time.time() - start:.0f} s")
 

@@ -192,7 +192,7 @@ def check_records(records: Sequence[Record], cfg: TrainConfig, several: bool = F
                         "or learn what they agree on with --recipe universal")
 
 # %% ../nbs/09_train.ipynb #7b885a7d
-def by_source(ranker: Any, records: Sequence[Record], least: int = 10) -> dict[str, float]:
+def by_source(ranker: Ranker, records: Sequence[Record], least: int = 10) -> dict[str, float]:
     "τ_b within each source (the `model` of a record) that has `least` prompts or more."
     groups: dict[str, list[Record]] = {}
     for r in records:
