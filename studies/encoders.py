@@ -20,26 +20,22 @@ import torch
 import typer
 from common import Data, write
 from transformers import set_seed
-from universal import (ADAPT, CASTILLO, FREE, NOT_FREE, OUT, SEEN, TARGETS, as_record, free, judged, lesson, one_name, parts_of, plain, source,
-                       taught, tested, third, ways)
+from universal import (ADAPT, CASTILLO, FOLDS, FREE, NOT_FREE, OUT, SEEN, TARGETS, TAUGHT, Taught, as_record, free, judged, left_out,
+                       lesson_of, one_name, parts_of, plain, pool, source, taught, tested, third, ways, written)
 
 from pars_nb.consensus import agreed
 from pars_nb.order import tau_b
 from pars_nb.records import Record, draw, read, split, unit_hash
 from pars_nb.student import load_student
-from pars_nb.together import kinds_of, levels_of, weighed
+from pars_nb.together import Beside, balance
 from pars_nb.train import RankTrainer, TrainConfig, fit, new_ranker
 
 app = typer.Typer(add_completion=False)
-Taught = Annotated[Path, typer.Option(help="folder of the scores that `teach` wrote")]
-TAUGHT = Path("runs/taught")
+MOST_JUDGED = 400  # prompts of a file that what ships is judged on
 GRID = (0.0, 0.1, 0.25, 0.5, 0.75, 0.8, 0.9, 1.0)  # shares of the student beside an encoder
 EVERYTHING = (*FREE, *(f for f in NOT_FREE if f not in ("alpaca_gpt4_subset", "gemma4_mmlu_pro_thinking")))  # for measuring only
+BALANCED = 2000  # prompts of the training that say how an encoder's scores lie to a student's
 ALPACA = 3000  # prompts of each of the two large files of one model
-FOLDS = {  # workloads that are left out together
-    "0": ("castillo_sharegpt", "castillo_mbpp"), "1": ("castillo_dolly", "castillo_apps"), "2": ("castillo_alpaca", "castillo_ds1000"),
-    "3": ("mmlu_pro_cot", "alpaca_eval"), "4": ("zeroeval_crux", "arena_fastchat", "arena_hard_v01"),
-    "5": ("zeroeval_gsm", "reason_math500_gsm8k", "zeroeval_math_l5")}
 
 
 # ---- lessons: what a fold's encoder learns from, and which prompts it then scores
@@ -49,28 +45,38 @@ class Lesson:
     "What an encoder learns from."
     most: int = 1000  # prompts of a source
     across: bool = False  # pairs across Castillo's workloads too, whose prompts the same models answered
+    written: bool = True  # the requests written for this project too, with the lengths that one expects
+    free: bool = False  # sources of free licence alone
 
 
 def everything(data: Path, without: Sequence[str], models: Sequence[str], cfg: Lesson, seed: int, keep: float = 1.0) -> list[Record]:
     "What models agree on in every source but those left out and their prompts; `keep`: only prompts whose hash is below."
     left, groups = {plain(p) for f in without for p in source(data, f).prompt.unique()}, dict[str, list[Record]]()
-    for name in (f for f in EVERYTHING if f not in without):
-        rows = source(data, name)
+    for name in (f for f in (FREE if cfg.free else EVERYTHING) if f not in without):
+        rows = free(data)[free(data).source == name] if cfg.free else source(data, name)
         usable = {p for p in rows.prompt.unique() if plain(p) not in left and (keep >= 1 or unit_hash(plain(p)) < keep)}
         rows = rows[~rows.name.isin(models) & rows.prompt.isin(usable)]
         group = "castillo" if cfg.across and name in CASTILLO else name
         groups.setdefault(group, []).extend(as_record(*r) for r in zip(rows.prompt_id, rows.prompt, rows.log, rows.name, strict=True))
     most = {k: ALPACA if k.startswith("alpaca_") else cfg.most * (len(CASTILLO) if k == "castillo" else 1) for k in groups}
-    return [r for k, records in groups.items() if records for r in draw(agreed(records, k), most[k], seed)]
+    found = [r for k, records in groups.items() if records for r in draw(agreed(records, k), most[k], seed)]
+    return found + (expected_records() if cfg.written else [])
+
+
+def expected_records() -> list[Record]:
+    "The requests written for this project."
+    return [as_record(f"written {i}", r.prompt, r.log, "written") for i, r in enumerate(written().itertuples())]
 
 
 def fold_of(data: Path, fold: str, seed: int, cfg: Lesson) -> tuple[list[Record], list[str]]:
     "Records to learn from, and prompts to score."
-    if fold in FOLDS:
-        return everything(data, FOLDS[fold], third(data, seed), cfg, seed), [p for f in FOLDS[fold] for p in source(data, f).prompt.unique()]
+    if fold == "all":
+        return everything(data, (), (), cfg, seed), [p for f in NOT_FREE for _, prompts, _ in tested(data, f, (), MOST_JUDGED) for p in prompts]
     if fold == "mixed":
         prompts = [p for f in CASTILLO for p in source(data, f).prompt.unique() if unit_hash(plain(p)) >= SEEN]
         return everything(data, (), tuple(map(one_name, TARGETS)), cfg, seed, SEEN), prompts
+    if fold != "adapt":
+        return everything(data, left_out(fold), third(data, seed), cfg, seed), [p for f in left_out(fold) for p in source(data, f).prompt.unique()]
     tests, models = {plain(r.prompt) for _, test in targets(data).values() for r in test}, {one_name(m) for m in ADAPT.values() if m}
     return [r for r in everything(data, (), tuple(models), cfg, seed) if plain(r.prompt) not in tests], []
 
@@ -138,22 +144,26 @@ def encoder(records: list[Record], cfg: TrainConfig, trainer: str = "plain", fro
 @app.command()
 def teach(data: Data, base: Annotated[str, typer.Option(help="encoder: a hub name or a local folder")] = "bert-base-uncased",
           folds: str = "0,1,2,3,4,5", seeds: str = "0,1,2", lr: float = 5e-5, epochs: float = 4, max_length: int = 128, signals: bool = True,
-          loss: str = "win", trainer: str = "plain", frozen: int = 0, most: int = 1000, across: bool = False, out: Taught = TAUGHT) -> None:
+          loss: str = "win", trainer: str = "plain", frozen: int = 0, most: int = 1000, across: bool = False, written: bool = True,
+          only_free: Annotated[bool, typer.Option("--free", help="learn from sources of free licence alone, and score all of their prompts")] = False,
+          out: Taught = TAUGHT) -> None:
     "Teach an encoder each fold, and write its scores of what was left out. What is there already is not done again."
     out.mkdir(parents=True, exist_ok=True)
     for seed, fold in product(map(int, seeds.split(",")), folds.split(",")):
         recipe = dict(base=Path(base).name, lr=lr, epochs=epochs, max_length=max_length, signals=signals, loss=loss, trainer=trainer,
-                      frozen=frozen, most=most, across=across)
+                      frozen=frozen, most=most, across=across, written=written,
+                      free=only_free)
         path = out / ("-".join(str(v) for v in recipe.values()) + f"-{fold}-{seed}.parquet")
         if path.is_file():
             continue
-        records, prompts = fold_of(data, fold, seed, Lesson(most, across))
+        records, prompts = fold_of(data, fold, seed, Lesson(most, across, written, only_free))
         cfg = TrainConfig(encoder=base, loss=loss, epochs=epochs, signals=signals, max_length=max_length, keep_best=False, seed=seed, lr=lr,
                           bf16=torch.cuda.is_available())
         ranker = encoder(records, cfg, trainer, frozen)
         rows = adapted_to(data, ranker, cfg) if fold == "adapt" else scored(ranker, prompts)
-        spread = float(ranker.score([r.prompt for r in records[::20]]).std())
-        rows.assign(fold=fold, seed=seed, learned=len(records), spread=spread, recipe=json.dumps(recipe)).to_parquet(path)
+        seen = pool(data, seed) if only_free else [r.prompt for r in draw(records, BALANCED, seed)]
+        rows = pd.concat([rows.assign(seen=False), scored(ranker, seen).assign(seen=True)])
+        rows.assign(fold=fold, seed=seed, learned=len(records), recipe=json.dumps(recipe)).to_parquet(path)
         print(path.name, len(records), "prompts learned,", len(rows), "scores", flush=True)
 
 
@@ -183,7 +193,7 @@ class Known:
     "A ranker that scored everything before."
 
     def __init__(self, rows: pd.DataFrame) -> None:
-        self.known, self.spread = dict(zip(rows.prompt, rows.score, strict=True)), float(rows.spread.iloc[0])
+        self.known = dict(zip(rows.prompt, rows.score, strict=True))
 
     def score(self, prompts: Sequence[str]) -> np.ndarray:
         return np.array([self.known[unit_hash(p)] for p in prompts])
@@ -209,35 +219,29 @@ class Once:
 
 
 @lru_cache
-def student_of(data: Path, fold: str, seed: int) -> tuple[Once, float]:
-    "The student that learned from as much as a fold's encoder did, as far as it is free; and the spread of its scores."
-    if fold in FOLDS:
-        rows = lesson(data, tuple(f for f in FOLDS[fold] if f in FREE), third(data, seed), seed=seed)
-    else:
-        every = free(data)
-        seen = every.prompt_id[every.prompt.map(lambda p: unit_hash(plain(p))) < SEEN]
-        rows = lesson(data, models=tuple(map(one_name, TARGETS)), prompts=seen, seed=seed)
-    student = Once(taught(rows))
-    return student, float(student.score(rows.prompt.tolist()[::20]).std())
+def student_of(data: Path, folder: Path, fold: str, seed: int) -> Once:
+    "The student that learned from as much as a fold's encoder did, as far as it is free."
+    return Once(taught(lesson_of(data, folder, fold, seed)))
 
 
 @lru_cache
-def kind_of(prompts: tuple[str, ...]) -> np.ndarray:
-    return kinds_of(prompts)
+def texts(data: Path) -> dict[float, str]:
+    "Each prompt by its hash."
+    return {unit_hash(p): p for p in [*written().prompt, *(p for f in EVERYTHING for p in source(data, f).prompt.unique())]}
 
 
 class Both:
-    "A ranker and a student, each with the spread of its scores, weighed by the kind of a prompt or by one share of the student's."
+    "A ranker that scored before and a student beside it: weighed by the kind of a prompt, as in the package, or by one share of the student's."
 
-    def __init__(self, ranker: Any, own: float, student: Any, words: float, share: float | None = None) -> None:
-        self.ranker, self.own, self.student, self.words, self.share = ranker, own, student, words, share
+    def __init__(self, ranker: Any, student: Any, seen: Sequence[str]) -> None:
+        self.ranker, self.beside = ranker, Beside(student, balance(ranker, student, seen))
 
     def score(self, prompts: Sequence[str]) -> np.ndarray:
-        a, b = self.ranker.score(prompts) / self.own, self.student.score(prompts) / self.words
-        if self.share is not None:
-            return (1 - self.share) * a + self.share * b
-        kinds = kind_of(tuple(prompts))  # their levels from the prompts that are judged: those of the training were not kept
-        return weighed(kinds, a, b, levels_of(kinds, a, b))
+        return self.beside(prompts, self.ranker.score(prompts))
+
+    def shared(self, share: float, prompts: list[str]) -> np.ndarray:
+        own, words = self.ranker.score(prompts) / self.beside.at.own, self.beside.student.score(prompts) / self.beside.at.words
+        return (1 - share) * own + share * words
 
 
 @app.command()
@@ -245,14 +249,14 @@ def judge(data: Data, folder: Taught = TAUGHT) -> None:
     "Each workload by the encoders that were not taught it, by the median over models that they were not taught either; and beside a student."
     out = []
     for recipe, fold, seed, rows in taught_in(folder, tuple(FOLDS)):
-        known, (student, spread) = Known(rows), student_of(data, fold, seed)
+        both = Both(Known(rows), student_of(data, folder, fold, seed), [texts(data)[k] for k in rows.prompt[rows.seen]])
         for name in FOLDS[fold]:
             tests = tested(data, name, third(data, seed))
-            both = [Both(known, known.spread, student, spread, share) for share in (None, *GRID)]
-            r, *by_share = (judged(b, tests, boot=0 if i else 100) for i, b in enumerate(both))
-            out.append(dict(workload=name, seed=seed, **recipe, **r, by_share=[o["tau_b"] for o in by_share]))
+            r = judged(Once(both), tests)
+            by_share = [float(np.median([tau_b(both.shared(share, p), y) for _, p, y in tests])) for share in GRID]
+            out.append(dict(workload=name, seed=seed, **recipe, **r, by_share=by_share))
             print(f"{recipe['base']} {seed} {name:20s} {r['tau_b']:.3f}, prompt length {r['prompt_length']:.3f}; by the student's share",
-                  [round(o["tau_b"], 3) for o in by_share], flush=True)
+                  [round(o, 3) for o in by_share], flush=True)
     write("universal/encoders", shares=GRID, rows=out)
 
 
@@ -261,8 +265,8 @@ def mixed(data: Data, folder: Taught = TAUGHT, known: int = 20, draws: int = 3) 
     "Castillo's workloads pooled: targets and prompts that were left out, so many lengths of each workload known."
     out = []
     for recipe, fold, seed, rows in taught_in(folder, ("mixed",)):
-        ranker, (student, spread) = Known(rows), student_of(data, fold, seed)
-        for target, (name, judge) in product(TARGETS, dict(encoder=ranker, both=Both(ranker, ranker.spread, student, spread)).items()):
+        both = Both(Known(rows), student_of(data, folder, fold, seed), [texts(data)[k] for k in rows.prompt[rows.seen]])
+        for target, (name, judge) in product(TARGETS, dict(encoder=both.ranker, both=both).items()):
             parts = parts_of(data, target, judge)
             for k in range(draws):
                 out.append(dict(target=target, ranker=name, seed=seed, draw=k, **recipe, prompts=sum(len(p) - known for p, *_ in parts),
@@ -285,7 +289,7 @@ def adapt(data: Data, folder: Taught = TAUGHT) -> None:
 
 
 @app.command()
-def folder(data: Data, ranker: Annotated[Path, typer.Option(help="what `pars train --recipe universal` wrote")], most: int = 400) -> None:
+def folder(data: Data, ranker: Annotated[Path, typer.Option(help="what `pars train --recipe universal` wrote")], most: int = MOST_JUDGED) -> None:
     "A ranker of the sources that may be learned from, where it has not been: the others, by all their models; and the student that ships, beside it."
     from pars_nb.ranker import load_ranker
     from pars_nb.together import assisted

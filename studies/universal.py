@@ -23,6 +23,8 @@ from pars_nb.glance import SIGNALS, WORD, look
 from pars_nb.student import Student, adapted, learn, load_student
 
 app = typer.Typer(add_completion=False)
+Taught = Annotated[Path, typer.Option(help="folder of the scores that `encoders.py teach` wrote")]
+TAUGHT = Path("runs/taught")
 HERE = Path(__file__).resolve().parent
 OUT = HERE.parent / "pars_nb/universal"
 LLAMA = "Llama-3.1-8B-Instruct"
@@ -44,6 +46,8 @@ NOT_FREE = dict(
     zeroeval_math_l5="MATH: MIT by its authors, but its problems are a publisher's, on whose complaint the set was withdrawn")
 MOST = 3000  # prompts of one source that are learned from
 PRIOR = 30.0  # how much more a hand-written request weighs than a prompt of a source of that size; it is told for plain requests and passages
+PARTS = 8  # files of written requests, all kinds in each, so that a recipe with so many prompts of a source takes all of them
+TEACHER = 0.5  # share of an encoder's word in what a student learns
 KEEP = 0.1  # share of the difference between the sources' means that is learned; the rest is left to the traffic's own means
 
 
@@ -109,21 +113,46 @@ def expected(each: int = 25, seed: int = 0) -> pd.DataFrame:
     return pd.DataFrame(dict(prompt=list(out), log=list(out.values()), source="expected"))
 
 
-def lesson(data: Path, without: tuple[str, ...] = (), models: tuple[str, ...] = (), prior: float = PRIOR, keep: float = KEEP, seed: int = 0,
-           prompts: pd.Series | None = None) -> pd.DataFrame:
-    "Prompts, targets and weights: sources but `without`, models but `models`, a sample of `MOST` prompts a source, the hand-written ones."
+def written() -> pd.DataFrame:
+    "Requests of all kinds, written for this project, each with the log length that one expects."
+    lines = [json.loads(line) for f in sorted((HERE / "written").glob("*.jsonl")) for line in f.read_text().splitlines()]
+    return pd.DataFrame(dict(prompt=[p for _, p in lines], log=np.log([n for n, _ in lines]), source="written"))
+
+
+def lesson(data: Path, without: tuple[str, ...] = (), models: tuple[str, ...] = (), prior: float = PRIOR, seed: int = 0,
+           prompts: pd.Series | None = None, teacher: dict[float, float] | None = None) -> pd.DataFrame:
+    "Prompts, targets and weights: sources but `without`, models but `models`, a sample of `MOST` prompts a source, those written for this project."
     rows = free(data)
     rows = consensus(rows[~rows.source.isin(without) & ~rows.name.isin(models)])
     if prompts is not None:
         rows = rows[rows.prompt_id.isin(prompts)]
     rows = pd.concat([r.sample(min(MOST, len(r)), random_state=seed) for _, r in rows.groupby("source", sort=False)])
     table = expected(seed=seed)
-    rows = pd.concat([rows, table[[look(p).kind < 2 for p in table.prompt]]]) if prior else rows  # code and maths: there are real ones
-    of_source = rows.groupby("source").log
-    mean = of_source.transform("mean")
-    weight = of_source.transform("size") ** -0.75
-    weight = weight / weight.mean() * np.where(rows.source == "expected", prior, 1.0)
-    return rows.assign(target=rows.log - (1 - keep) * (mean - mean.drop_duplicates().mean()), weight=weight)
+    ours = pd.concat([table[[look(p).kind < 2 for p in table.prompt]], written()])  # frames of code and maths are too few
+    rows = pd.concat([rows, ours]) if prior else rows
+    weight = rows.groupby("source").log.transform("size") ** -0.75
+    weight = weight / weight.mean() * np.where(rows.source.isin(ours.source), prior, 1.0)
+    rows = rows.assign(target=level(rows.source, rows.log), weight=weight)
+    return rows if teacher is None else rows.assign(target=(1 - TEACHER) * rows.target + TEACHER * level(rows.source, as_logs(rows, teacher)))
+
+
+def level(of: pd.Series, logs: pd.Series) -> pd.Series:
+    "Log lengths, the means of their sources brought together."
+    mean = logs.groupby(of.to_numpy()).transform("mean")
+    return logs - (1 - KEEP) * (mean - mean.groupby(of.to_numpy()).first().mean())
+
+
+def as_logs(rows: pd.DataFrame, teacher: dict[float, float]) -> pd.Series:
+    "What an encoder's scores say of the length, by those that it gave to the requests written for this project."
+    scores = rows.prompt.map(unit_hash).map(teacher)
+    known = (rows.source == "written").to_numpy()
+    slope, start = np.polyfit(scores[known], rows.log[known], 1)
+    return start + slope * scores
+
+
+def pool(data: Path, seed: int) -> list[str]:
+    "All prompts that a student may learn from."
+    return list(dict.fromkeys([*free(data).prompt, *expected(seed=seed).prompt, *written().prompt]))
 
 
 def taught(rows: pd.DataFrame, **kw: Any) -> Student:
@@ -133,13 +162,11 @@ def taught(rows: pd.DataFrame, **kw: Any) -> Student:
 
 # ---- what it is worth where it has not been
 
-WORKLOADS = dict(  # what is left out of training, and what is tested on
-    alpaca_davinci003=((), "alpaca_davinci003"), castillo_alpaca=((), "castillo_alpaca"), castillo_sharegpt=((), "castillo_sharegpt"),
-    alpaca_vicuna7b=((), "alpaca_vicuna7b"), alpaca_eval=((), "alpaca_eval"), reason=((), "reason_math500_gsm8k"),
-    math_l5=((), "zeroeval_math_l5"),
-    **{f: ((f,), f) for f in ("castillo_dolly", "castillo_mbpp", "castillo_apps", "castillo_ds1000", "mmlu_pro_cot", "zeroeval_crux")},
-    gsm=(("zeroeval_gsm",), "zeroeval_gsm"),
-    arena_fastchat=(("arena_fastchat", "arena_hard_v01"), "arena_fastchat"), arena_hard_v01=(("arena_fastchat", "arena_hard_v01"), "arena_hard_v01"))
+FOLDS = {  # workloads that are left out together
+    "0": ("castillo_sharegpt", "castillo_mbpp"), "1": ("castillo_dolly", "castillo_apps"), "2": ("castillo_alpaca", "castillo_ds1000"),
+    "3": ("mmlu_pro_cot", "alpaca_eval"), "4": ("zeroeval_crux", "arena_fastchat", "arena_hard_v01"),
+    "5": ("zeroeval_gsm", "reason_math500_gsm8k", "zeroeval_math_l5")}
+FOLD = {w: fold for fold, workloads in FOLDS.items() for w in workloads} | dict(alpaca_davinci003="2", alpaca_vicuna7b="2")
 FIRST_GOALS = ("alpaca_davinci003", "castillo_alpaca", "castillo_dolly", "castillo_sharegpt", "castillo_mbpp", "castillo_apps", "castillo_ds1000")
 
 
@@ -183,31 +210,58 @@ def judged(student: Any, tests: list[tuple[str, list[str], np.ndarray]], boot: i
                 tau_b_of=tau[model], lo=low, hi=high, prompts=len(prompts))
 
 
-def by_workload(data: Path, names: tuple[str, ...], seed: int, boot: int = 100, without: tuple[str, ...] = (), **kw: Any) -> dict[str, dict]:
+def left_out(fold: str) -> tuple[str, ...]:
+    "The workloads of a fold, or of several: `3+4`."
+    return tuple(w for f in fold.split("+") for w in FOLDS[f])
+
+
+@cache
+def teacher_of(folder: Path, fold: str, seed: int) -> dict[float, float]:
+    "Scores of an encoder that was taught free sources alone, without this fold (and perhaps others), by the hash of a prompt."
+    found = [p for p in sorted(folder.glob(f"*-True-True-*-{seed}.parquet")) if fold in p.stem.split("-")[-2].split("+")]
+    if not found:
+        raise typer.BadParameter(f"no teacher for fold {fold}, seed {seed} in {folder}: python studies/encoders.py teach --free --folds {fold} ...")
+    rows = pd.read_parquet(found[0])
+    return dict(zip(rows.prompt[rows.seen], rows.score[rows.seen], strict=True))
+
+
+def lesson_of(data: Path, folder: Path | None, fold: str, seed: int, prior: float = PRIOR) -> pd.DataFrame:
+    "What a student may learn that has not seen a fold's workloads nor a third of the models; or, `mixed`, the targets and their tests' prompts."
+    teacher = teacher_of(folder, fold, seed) if folder else None
+    if fold in FOLDS:
+        return lesson(data, tuple(f for f in FOLDS[fold] if f in FREE), third(data, seed), prior, seed, teacher=teacher)
+    every = free(data)
+    seen = every.prompt_id[every.prompt.map(lambda p: unit_hash(plain(p))) < SEEN]
+    return lesson(data, models=tuple(map(one_name, TARGETS)), prompts=seen, seed=seed, teacher=teacher)
+
+
+def by_workload(data: Path, folder: Path | None, names: tuple[str, ...], seed: int, boot: int = 100, without: tuple[str, ...] = (),
+                prior: float = PRIOR) -> dict[str, dict]:
     "Each workload judged by a student that saw neither it nor a third of the models."
-    models, students, out = third(data, seed), dict[tuple[str, ...], Student](), {}
+    models, students, out = third(data, seed), dict[str, Student](), {}
     for name in names:
-        left_out, file = WORKLOADS[name]
-        if left_out not in students:
-            students[left_out] = taught(lesson(data, left_out, models, seed=seed, **kw), without=without)
-        tests = tested(data, file, models)
-        out[name] = judged(students[left_out], tests, boot) | dict(others=knowable(data, file, [m for m, _, _ in tests]))
+        fold = FOLD[name]
+        if fold not in students:
+            students[fold] = taught(lesson_of(data, folder, fold, seed, prior), without=without)
+        tests = tested(data, name, models)
+        out[name] = judged(students[fold], tests, boot) | dict(others=knowable(data, name, [m for m, _, _ in tests]))
     return out
 
 
 @app.command("leave-out")
-def leave_out(data: Data, seeds: int = 3, only: Annotated[str, typer.Option(help="workloads, by commas; all where empty")] = "") -> None:
+def leave_out(data: Data, folder: Taught = TAUGHT, seeds: int = 3,
+              only: Annotated[str, typer.Option(help="workloads, by commas; all where empty")] = "") -> None:
     "Every workload, left out with a third of the models. It goes on where it was stopped."
     path = RESULTS / "universal/leave_out.json"
     rows = json.loads(path.read_text())["rows"] if path.is_file() else []
     for seed in range(seeds):
         done = {r["workload"] for r in rows if r["seed"] == seed}
-        names = tuple(w for w in WORKLOADS if w not in done and (not only or w in only.split(",")))
-        for name, r in by_workload(data, names, seed).items():
+        names = tuple(w for w in FOLD if w not in done and (not only or w in only.split(",")))
+        for name, r in by_workload(data, folder, names, seed).items():
             rows.append(dict(workload=name, seed=seed, **r))
             print(f"{seed} {name:20s} {r['tau_b']:.3f} ({r['models']} models), prompt length {r['prompt_length']:.3f}; "
                   f"{r['of']} {r['tau_b_of']:.3f} ({r['lo']:.3f} to {r['hi']:.3f})", flush=True)
-        rows.sort(key=lambda r: (r["seed"], list(WORKLOADS).index(r["workload"])))
+        rows.sort(key=lambda r: (r["seed"], list(FOLD).index(r["workload"])))
         write("universal/leave_out", seeds=sorted({r["seed"] for r in rows}), most=MOST, prior=PRIOR, keep=KEEP, sources=list(FREE), rows=rows)
 
 
@@ -218,13 +272,15 @@ GROUPS = dict(  # signals that are left out together
 
 
 @app.command()
-def signals(data: Data, seeds: int = 1) -> None:
+def signals(data: Data, folder: Taught = TAUGHT, seeds: int = 1) -> None:
     "What each group of signals is worth: workloads judged without it; and without words, without the hand-written requests."
     rows = []
     for seed in range(seeds):
-        for name in ("nothing", *GROUPS, "hand-written requests"):
-            kw = dict(without=GROUPS.get(name, ())) | (dict(prior=0.0) if name.startswith("hand") else {})
-            found: Any = by_workload(data, FIRST_GOALS, seed, boot=0, **kw)  # type: ignore[arg-type]
+        for name in ("nothing", *GROUPS, "hand-written requests and the encoder"):
+            if name.startswith("hand"):  # a teacher has learned from them
+                found = by_workload(data, None, FIRST_GOALS, seed, boot=0, prior=0.0)
+            else:
+                found = by_workload(data, folder, FIRST_GOALS, seed, boot=0, without=GROUPS.get(name, ()))
             taus: dict[str, float] = {k: r["tau_b"] for k, r in found.items()}
             rows.append(dict(without=name, seed=seed, tau_b=taus))
             print(name, {k: round(v, 3) for k, v in taus.items()}, flush=True)
@@ -236,15 +292,15 @@ ADAPT = dict(castillo_alpaca=LLAMA, castillo_dolly=LLAMA, castillo_sharegpt=LLAM
 
 
 @app.command()
-def adapt(data: Data, seeds: int = 3) -> None:
+def adapt(data: Data, folder: Taught = TAUGHT, seeds: int = 3) -> None:
     "τ_b with 0, 20, 50 and 200 lengths of the target, on the prompts that results/ranking/adapt.json was tested on."
-    rows, students = [], dict[tuple[str, ...], Student]()
+    rows, students = [], dict[str, Student]()
     for name, target in ADAPT.items():
         train, _, test = split(read(data / f"{name}.parquet", target), (0.65, 0.05, 0.3), 0)
-        test, left_out = draw(test, 2000, 0), ((name,) if name in FREE else ())
-        if left_out not in students:
-            students[left_out] = taught(lesson(data, left_out, third(data, 0)))
-        student = students[left_out]
+        test, fold = draw(test, 2000, 0), FOLD[name]
+        if fold not in students:
+            students[fold] = taught(lesson_of(data, folder, fold, 0))
+        student = students[fold]
         prompts, y = [r.prompt for r in test], np.array([r.mean for r in test])
         for n in (0, 20, 50, 200):
             for seed in range(seeds if n else 1):
@@ -308,13 +364,10 @@ SEEN = 0.7  # prompts whose hash is below are learned from
 
 
 @app.command()
-def mixed(data: Data, seeds: int = 3, known: int = 20) -> None:
-    "Castillo's workloads pooled: one target model that was left out, prompts that were left out, so many lengths of each workload known."
-    rows = []
+def mixed(data: Data, folder: Taught = TAUGHT, seeds: int = 3, known: int = 20) -> None:
+    "Castillo's workloads pooled: targets and prompts that were left out, so many lengths of each workload known."
+    rows, student = [], taught(lesson_of(data, folder, "mixed", 0))
     for target in TARGETS:
-        every = free(data)
-        seen = every.prompt_id[every.prompt.map(lambda p: unit_hash(plain(p))) < SEEN]
-        student = taught(lesson(data, models=(one_name(target),), prompts=seen))
         parts = parts_of(data, target, student)
         for seed in range(seeds):
             rows.append(dict(target=target, seed=seed, prompts=sum(len(p) - known for p, *_ in parts),
@@ -349,19 +402,25 @@ def as_record(prompt_id: str, prompt: str, log: float, model: str = "consensus")
 
 
 @app.command()
-def fit(data: Data, seed: int = 0) -> None:
+def fit(data: Data, ranker: Annotated[Path, typer.Option(help="an encoder of free sources, its teacher")] = Path("runs/universal_minilm"),
+        seed: int = 0) -> None:
     "Write the student that ships: all sources of free licence, all models; its tables of quantiles come from a tenth that it was not taught."
+    from pars_nb.ranker import load_ranker
+
+    prompts = pool(data, seed)
+    teacher = dict(zip(map(unit_hash, prompts), load_ranker(ranker).score(prompts).tolist(), strict=True))
     rows = consensus(free(data))
     held = rows[[unit_hash(p, seed) < 0.1 for p in rows.prompt_id]]
-    trial = taught(lesson(data, prompts=rows.prompt_id[~rows.prompt_id.isin(held.prompt_id)], seed=seed))
-    lengths = np.exp(held.log.to_numpy())
-    everything = lesson(data, seed=seed)
+    rest, lengths = rows.prompt_id[~rows.prompt_id.isin(held.prompt_id)], np.exp(held.log.to_numpy())
+    alone, trial = (taught(lesson(data, prompts=rest, seed=seed, teacher=t)) for t in (None, teacher))
+    everything = lesson(data, seed=seed, teacher=teacher)
     student = taught(everything)
     student.meta.measure(trial.score(held.prompt.tolist()), lengths)
-    real = everything[everything.source != "expected"]
+    real = everything[~everything.source.isin(("expected", "written"))]
     student.meta.fingerprint = fingerprint([as_record(*r) for r in zip(real.prompt_id, real.prompt, real.log, strict=True)])
     student.meta.train_prompts, student.meta.token_source, student.meta.seed = len(real), "mixed", seed
-    student.meta.metrics = dict(tau_b=round(tau_b(trial.score(held.prompt.tolist()), lengths), 4), prompts=float(len(held)))
+    held_tau = tau_b(alone.score(held.prompt.tolist()), lengths)  # without the teacher, which has seen these prompts
+    student.meta.metrics = dict(tau_b=round(held_tau, 4), prompts=float(len(held)))
     student.save(OUT)
     print({p.name: p.stat().st_size for p in OUT.iterdir()}, student.meta.metrics)
 
@@ -375,6 +434,11 @@ def sources(data: Data, out: Annotated[Path, typer.Option(help="folder for a fil
         one_text = rows.groupby("prompt_id", sort=False).prompt.transform("first")  # of one the end is cut in two places
         rows[["prompt_id"]].assign(prompt=one_text, model=rows.name, response_tokens=lengths).to_parquet(out / f"{name}.parquet")
         print(name, rows.prompt_id.nunique(), "prompts,", rows.name.nunique(), "models")
+    requests = written()
+    requests = requests.assign(prompt_id=requests.index.map("written {}".format), model="expected",
+                               response_tokens=np.exp(requests.log).round().astype(int))
+    for part in range(PARTS):
+        requests[requests.index % PARTS == part].drop(columns=["log", "source"]).to_parquet(out / f"written_{part}.parquet")
 
 
 CARD = """---
@@ -391,7 +455,8 @@ lengths what it is worth; `pars_nb.student.adapted` corrects it with some tens o
 ## What it learned from
 
 {prompts:,} prompts of these sources, the mean log length over all models and runs, each model's own level taken out; and {frames} kinds of
-requests written by hand with the length that one expects (`studies/prior.tsv`). No prompt that stands in a file of no free licence was
+requests and {written:,} single ones written for it with the length that one expects (`studies/prior.tsv`, `studies/written`); and half from
+what an encoder says that learned the same (`encoders.py`). No prompt that stands in a file of no free licence was
 used. The tables are sums of hashed words; no prompt can be read from them. Two sources are CC BY-SA, so these tables are offered as
 CC BY-SA 4.0; the package's code is not affected.
 
@@ -430,7 +495,7 @@ def card() -> None:
     lines = [f"| {k} | {r.tau:.2f} | {r.low:.2f} to {r.high:.2f} | {r['size']:.2f} |" for k, r in table.iterrows()]
     frames = sum(not line.startswith("#") for line in (HERE / "prior.tsv").read_text().splitlines())
     (OUT / "README.md").write_text(CARD.format(
-        signals=len(SIGNALS), prompts=meta.train_prompts, frames=frames, seeds=rows.seed.nunique(), table="\n".join(lines),
+        signals=len(SIGNALS), prompts=meta.train_prompts, frames=frames, written=len(written()), seeds=rows.seed.nunique(), table="\n".join(lines),
         free="\n".join(f"| {k} | {a} | {b} |" for k, (a, b) in FREE.items()), not_free="\n".join(f"| {k} | {v} |" for k, v in NOT_FREE.items())))
 
 
