@@ -230,6 +230,11 @@ def texts(data: Path) -> dict[float, str]:
     return {unit_hash(p): p for p in [*written().prompt, *(p for f in EVERYTHING for p in source(data, f).prompt.unique())]}
 
 
+def learned(data: Path, rows: pd.DataFrame) -> list[str]:
+    "The prompts that an encoder learned from, those that are still there."
+    return [texts(data)[k] for k in rows.prompt[rows.seen] if k in texts(data)]
+
+
 class Both:
     "A ranker that scored before and a student beside it: weighed by the kind of a prompt, as in the package, or by one share of the student's."
 
@@ -249,7 +254,7 @@ def judge(data: Data, folder: Taught = TAUGHT) -> None:
     "Each workload by the encoders that were not taught it, by the median over models that they were not taught either; and beside a student."
     out = []
     for recipe, fold, seed, rows in taught_in(folder, tuple(FOLDS)):
-        both = Both(Known(rows), student_of(data, folder, fold, seed), [texts(data)[k] for k in rows.prompt[rows.seen]])
+        both = Both(Known(rows), student_of(data, folder, fold, seed), learned(data, rows))
         for name in FOLDS[fold]:
             tests = tested(data, name, third(data, seed))
             r = judged(Once(both), tests)
@@ -265,7 +270,7 @@ def mixed(data: Data, folder: Taught = TAUGHT, known: int = 20, draws: int = 3) 
     "Castillo's workloads pooled: targets and prompts that were left out, so many lengths of each workload known."
     out = []
     for recipe, fold, seed, rows in taught_in(folder, ("mixed",)):
-        both = Both(Known(rows), student_of(data, folder, fold, seed), [texts(data)[k] for k in rows.prompt[rows.seen]])
+        both = Both(Known(rows), student_of(data, folder, fold, seed), learned(data, rows))
         for target, (name, judge) in product(TARGETS, dict(encoder=both.ranker, both=both).items()):
             parts = parts_of(data, target, judge)
             for k in range(draws):
