@@ -48,7 +48,7 @@ def cells_of(book):
 
 def to_pages(text):
     "Links to notebooks lead to pages, links to folders of results to their list."
-    text = re.sub(r"\]\(((?:\.\./)?(?:nbs/)?\w+)\.ipynb\)", r"](\1.md)", text)
+    text = re.sub(r"\]\(((?:\.\./)*(?:nbs/)?\w+)\.ipynb\)", r"](\1.md)", text)
     text = re.sub(r"\]\(((?:\w+\.ipynb)?)#([^)]*)\)", lambda m: f"]({m[1].replace('.ipynb', '.md')}#{m[2].lower()})", text)
     text = re.sub(r"\]\(\.\./results/\w+\)", "](../results/README.md)", text)
     return text.replace("](index.md)", "](../index.md)").replace("](../nbs/index.md)", "](../index.md)")
@@ -128,10 +128,11 @@ def write_pages():
     for folder in ("nbs", "api"):
         (PAGES / folder).mkdir(parents=True)
     shutil.copytree(ROOT / "results", PAGES / "results", ignore=shutil.ignore_patterns("*.log"))
-    shutil.copytree(ROOT / "dashboards", PAGES / "dashboards")
+    for folder in ("dashboards", "studies/written"):
+        shutil.copytree(ROOT / folder, PAGES / folder)
     for source, name in (("README.md", "index.md"), ("CONTRIBUTING.md", "CONTRIBUTING.md"), ("CHANGELOG.md", "CHANGELOG.md")):
         (PAGES / name).write_text(to_pages((ROOT / source).read_text(encoding="utf-8")), encoding="utf-8")
-    for path in PAGES.rglob("results/**/*.md"):
+    for path in (*PAGES.rglob("results/**/*.md"), *PAGES.rglob("studies/**/*.md")):
         path.write_text(to_pages(path.read_text(encoding="utf-8")), encoding="utf-8")
     books = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
     for path in books:
