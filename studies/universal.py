@@ -131,7 +131,7 @@ def lesson(data: Path, without: tuple[str, ...] = (), models: tuple[str, ...] = 
         rows = rows[rows.prompt_id.isin(prompts)]
     rows = pd.concat([r.sample(min(MOST, len(r)), random_state=seed) for _, r in rows.groupby("source", sort=False)])
     table = expected(seed=seed)
-    ours = pd.concat([table[[look(p).kind < 2 for p in table.prompt]], written()])  # frames of code and maths are too few
+    ours = pd.concat([table[[look(p).kind < 2 for p in table.prompt]], written()])  # frames of code and maths: there are real ones
     rows = pd.concat([rows, ours]) if prior else rows
     weight = rows.groupby("source").log.transform("size") ** -0.75
     weight = weight / weight.mean() * np.where(rows.source.isin(ours.source), prior, 1.0)
