@@ -18,6 +18,7 @@ import typer
 from common import EngineFile, RESULTS, gaps_of, write
 
 from pars_nb.advise import scores_with_tau
+from pars_nb.backends import open_ranker
 from pars_nb.calibrate import load_engine
 from pars_nb.lane import Express
 from pars_nb.latency import summarise
@@ -32,6 +33,7 @@ DATASETS = {"davinci": ("alpaca_davinci003", None, 0.62), "alpaca": ("castillo_a
             "sharegpt": ("castillo_sharegpt", "Llama-3.1-8B-Instruct", 0.5),
             "r1": ("reason_math500_gsm8k", "DeepSeek-R1-Distill-Llama-8B", 0.43)}
 WHATS: list[Any] = ["burst", 0.7, 0.9, 1.0, 1.1, 1.3]
+RANKED: list[Any] = ["burst", 0.9, 1.1]
 
 
 @dataclass
@@ -145,6 +147,47 @@ def simulated(folder: Folder, engine: EngineFile, trace: str = "trace_azure2023_
         show(summary[summary.data == data])
     write(f"tail/{name}", requests=requests, burst=burst, seeds=seeds, max_tokens=max_tokens, engine=e.model_dump(),
           taus={k: v[2] for k, v in DATASETS.items()}, summary=json.loads(summary.to_json(orient="records")))
+
+
+def asked(folder, data, most):
+    "Prompts of a dataset, with the tokens of each and the lengths of its recorded answers."
+    file, model, _ = DATASETS[data]
+    d = pd.read_parquet(folder / f"{file}.parquet")
+    d = d if model is None else d[d.model == model]
+    rows = d.groupby("prompt_id", sort=False).agg(prompt=("prompt", "first"), tokens=("prompt_tokens", "first"), lengths=("response_tokens", list))
+    return rows.sample(min(most, len(rows)), random_state=0)
+
+
+def of_prompts(rows, n, seed, gaps=None):
+    "n requests, each a prompt and one of its answers; and which prompts."
+    rng = np.random.default_rng(seed)
+    which = rng.integers(len(rows), size=n)
+    output = np.array([max(1, rng.choice(rows.lengths.iloc[i])) for i in which])
+    x = np.resize(np.roll(gaps, -int(rng.integers(len(gaps)))), n) if gaps is not None else np.zeros(n)
+    return Requests(np.cumsum(x / (x.mean() or 1)), np.maximum(1, rows.tokens.to_numpy()[which]), output, output.astype(float)), which
+
+
+@app.command()
+def ranked(folder: Folder, engine: EngineFile, ranker: Annotated[list[str], typer.Option(help="folders of rankers, or `universal`")],
+           trace: str = "trace_azure2023_conv.parquet", requests: int = 1500, burst: int = 2000, seeds: int = 5, most: int = 1000):
+    "What rankers' orders are worth in waiting: recorded prompts with their own lengths, each ranker's scores under the default tail rule."
+    e, gaps, rows = load_engine(engine), np.array(gaps_of(folder / trace)), []
+    judges = {Path(name).name: open_ranker(name) for name in ranker}
+    for data in ("davinci", "alpaca", "sharegpt"):
+        prompts = asked(folder, data, most)
+        scores = {name: np.asarray(judge.score(prompts.prompt.tolist()), float) for name, judge in judges.items()}
+        rate = capacity(of_prompts(prompts, 2000, 0)[0], e)
+        for what, seed in product(RANKED, range(seeds)):
+            r, which = of_prompts(prompts, burst, seed) if what == "burst" else of_prompts(prompts, requests, seed, gaps)
+            r = r if what == "burst" else r._replace(arrival=r.arrival / (what * rate))
+            queues = {name: rules(r, [], [])[name] for name in ("FCFS", "Oracle SJF")}
+            for name, score in scores.items():
+                queues[name] = rules(r._replace(score=score[which]), [1.1], [0.05])["tail 1.1, lane 0.05"]
+            for queue, (policy, told) in queues.items():
+                rows.append(dict(data=data, what=what, seed=seed, queue=queue, **summarise(simulate(told, e, policy).served())))
+    summary = summary_of(rows)
+    show(summary)
+    write("tail/ranked", prompts=most, requests=requests, burst=burst, seeds=seeds, summary=summary.to_dict("records"))
 
 
 @app.command()
