@@ -76,14 +76,19 @@ def lengths_of(folder, name):
     return (d if model is None else d[d.model == model]).response_tokens.clip(lower=1).to_numpy(), tau
 
 
+def arrivals(gaps, n, rng):
+    "n arrivals with a trace's gaps, from any place in it, at rate 1; all at once without gaps."
+    if gaps is None:
+        return np.zeros(n)
+    x = np.resize(np.roll(gaps, -int(rng.integers(len(gaps)))), n)
+    return np.cumsum(x / x.mean())
+
+
 def drawn(lengths, tau, n, seed, gaps=None, most=1024):
     "n requests: lengths, scores of this τ_b in tokens (the quantiles of the lengths), arrivals at once or with the trace's gaps at rate 1."
     rng = np.random.default_rng(seed)
     output = np.minimum(most, rng.choice(lengths, n))
-    arrival = np.zeros(n)
-    if gaps is not None:
-        x = np.resize(np.roll(gaps, -int(rng.integers(len(gaps)))), n)
-        arrival = np.cumsum(x / x.mean())
+    arrival = arrivals(gaps, n, rng)
     place = np.argsort(np.argsort(scores_with_tau(output, tau, seed))) / n
     return Requests(arrival, np.full(n, 30), output, np.quantile(np.minimum(most, lengths), place))
 
@@ -163,8 +168,7 @@ def of_prompts(rows, n, seed, gaps=None):
     rng = np.random.default_rng(seed)
     which = rng.integers(len(rows), size=n)
     output = np.array([max(1, rng.choice(rows.lengths.iloc[i])) for i in which])
-    x = np.resize(np.roll(gaps, -int(rng.integers(len(gaps)))), n) if gaps is not None else np.zeros(n)
-    return Requests(np.cumsum(x / (x.mean() or 1)), np.maximum(1, rows.tokens.to_numpy()[which]), output, output.astype(float)), which
+    return Requests(arrivals(gaps, n, rng), np.maximum(1, rows.tokens.to_numpy()[which]), output, output.astype(float)), which
 
 
 @app.command()
@@ -180,7 +184,7 @@ def ranked(folder: Folder, engine: EngineFile, ranker: Annotated[list[str], type
         for what, seed in product(RANKED, range(seeds)):
             r, which = of_prompts(prompts, burst, seed) if what == "burst" else of_prompts(prompts, requests, seed, gaps)
             r = r if what == "burst" else r._replace(arrival=r.arrival / (what * rate))
-            queues = {name: rules(r, [], [])[name] for name in ("FCFS", "Oracle SJF")}
+            queues: dict[str, Any] = {"FCFS": (FCFS(), r), "Oracle SJF": (SJF(), r)}
             for name, score in scores.items():
                 queues[name] = rules(r._replace(score=score[which]), [1.1], [0.05])["tail 1.1, lane 0.05"]
             for queue, (policy, told) in queues.items():

@@ -98,7 +98,7 @@ def consensus(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def expected(each: int = 25, seed: int = 0) -> pd.DataFrame:
-    "Requests from the hand-written table, with the log length that it expects."
+    "Requests from the table of frames, with the log length that it expects."
     words, rng, out = json.loads((HERE / "prior_words.json").read_text()), random.Random(seed), dict[str, float]()
 
     def draw(m: re.Match) -> str:
@@ -118,7 +118,7 @@ def expected(each: int = 25, seed: int = 0) -> pd.DataFrame:
 
 def written() -> pd.DataFrame:
     "Requests of all kinds, written for this project, each with the log length that one expects."
-    lines = [json.loads(line) for f in sorted((HERE / "written").glob("*.jsonl")) for line in f.read_text().splitlines()]
+    lines = [json.loads(line) for f in sorted((HERE / "written").glob("*.jsonl")) for line in f.read_text(encoding="utf-8").splitlines()]
     return pd.DataFrame(dict(prompt=[p for _, p in lines], log=np.log([n for n, _ in lines]), source="written"))
 
 
@@ -148,6 +148,8 @@ def level(of: pd.Series, logs: pd.Series) -> pd.Series:
 def as_logs(rows: pd.DataFrame, teacher: dict[float, float]) -> pd.Series:
     "What an encoder's scores say of the length, by those that it gave to the requests written for this project."
     scores = rows.prompt.map(unit_hash).map(teacher)
+    if scores.isna().any():
+        raise typer.BadParameter(f"the teacher has no score for {scores.isna().sum()} prompts: teach it again, the sources have changed")
     known = (rows.source == "written").to_numpy()
     slope, start = np.polyfit(scores[known], rows.log[known], 1)
     return start + slope * scores
@@ -276,11 +278,11 @@ GROUPS = dict(  # signals that are left out together
 
 @app.command()
 def signals(data: Data, folder: Taught = TAUGHT, seeds: int = 1) -> None:
-    "What each group of signals is worth: workloads judged without it; and without words, without the hand-written requests."
+    "What each group of signals is worth: workloads judged without it; and without the written requests and the encoder."
     rows = []
     for seed in range(seeds):
-        for name in ("nothing", *GROUPS, "hand-written requests and the encoder"):
-            if name.startswith("hand"):  # a teacher has learned from them
+        for name in ("nothing", *GROUPS, "written requests and the encoder"):
+            if name.startswith("written"):  # a teacher has learned from them
                 found = by_workload(data, None, FIRST_GOALS, seed, boot=0, prior=0.0)
             else:
                 found = by_workload(data, folder, FIRST_GOALS, seed, boot=0, without=GROUPS.get(name, ()))
