@@ -145,6 +145,8 @@ def encoder(records: list[Record], cfg: TrainConfig, trainer: str = "plain", fro
 def teach(data: Data, base: Annotated[str, typer.Option(help="encoder: a hub name or a local folder")] = "bert-base-uncased",
           folds: str = "0,1,2,3,4,5", seeds: str = "0,1,2", lr: float = 5e-5, epochs: float = 4, max_length: int = 128, signals: bool = True,
           loss: str = "win", trainer: str = "plain", frozen: int = 0, most: int = 1000, across: bool = False, written: bool = True,
+          bf16: Annotated[bool, typer.Option(help="half of the bits: two to four times as fast on a GPU, and on a CPU with AVX-512-BF16")] =
+          torch.cuda.is_available(),
           only_free: Annotated[bool, typer.Option("--free", help="learn from sources of free licence alone, and score all of their prompts")] = False,
           out: Taught = TAUGHT) -> None:
     "Teach an encoder each fold, and write its scores of what was left out. What is there already is not done again."
@@ -158,11 +160,12 @@ def teach(data: Data, base: Annotated[str, typer.Option(help="encoder: a hub nam
             continue
         records, prompts = fold_of(data, fold, seed, Lesson(most, across, written, only_free))
         cfg = TrainConfig(encoder=base, loss=loss, epochs=epochs, signals=signals, max_length=max_length, keep_best=False, seed=seed, lr=lr,
-                          bf16=torch.cuda.is_available())
+                          bf16=bf16)
         ranker = encoder(records, cfg, trainer, frozen)
-        rows = adapted_to(data, ranker, cfg) if fold == "adapt" else scored(ranker, prompts)
         seen = pool(data, seed) if only_free else [r.prompt for r in draw(records, BALANCED, seed)]
-        rows = pd.concat([rows.assign(seen=False), scored(ranker, seen).assign(seen=True)])
+        with torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16, enabled=bf16):
+            rows = adapted_to(data, ranker, cfg) if fold == "adapt" else scored(ranker, prompts)
+            rows = pd.concat([rows.assign(seen=False), scored(ranker, seen).assign(seen=True)])
         rows.assign(fold=fold, seed=seed, learned=len(records), recipe=json.dumps(recipe)).to_parquet(path)
         print(path.name, len(records), "prompts learned,", len(rows), "scores", flush=True)
 

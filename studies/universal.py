@@ -22,7 +22,7 @@ from pars_nb.card import RankerMeta
 from pars_nb.consensus import levels
 from pars_nb.order import bootstrap, tau_b
 from pars_nb.records import Record, draw, fingerprint, read, split, unit_hash
-from pars_nb.glance import SIGNALS, WORD, look
+from pars_nb.glance import KINDS, SIGNALS, WORD, look
 from pars_nb.student import Student, adapted, learn, load_student
 
 app = typer.Typer(add_completion=False)
@@ -49,8 +49,9 @@ NOT_FREE = dict(
     zeroeval_math_l5="MATH: MIT by its authors, but its problems are a publisher's, on whose complaint the set was withdrawn")
 MOST = 3000  # prompts of one source that are learned from
 PRIOR = 30.0  # how much more a request written for this project weighs than a prompt of a source of that size
-PARTS = 8  # files of written requests, all kinds in each, so that a recipe with so many prompts of a source takes all of them
-TEACHER = 0.7  # share of an encoder's word in what a student learns
+PARTS = 16  # files of written requests, all kinds in each, so that a recipe with so many prompts of a source takes all of them
+TEACHER = 0.7  # share of an encoder's word in what a student learns; of code it knows less than the mere size says
+CODE = KINDS.index("code")
 KEEP = 0.1  # share of the difference between the sources' means that is learned; the rest is left to the traffic's own means
 
 
@@ -136,7 +137,10 @@ def lesson(data: Path, without: tuple[str, ...] = (), models: tuple[str, ...] = 
     weight = rows.groupby("source").log.transform("size") ** -0.75
     weight = weight / weight.mean() * np.where(rows.source.isin(ours.source), prior, 1.0)
     rows = rows.assign(target=level(rows.source, rows.log), weight=weight)
-    return rows if teacher is None else rows.assign(target=(1 - TEACHER) * rows.target + TEACHER * level(rows.source, as_logs(rows, teacher)))
+    if teacher is None:
+        return rows
+    share = np.where([look(p).kind == CODE for p in rows.prompt], 0, TEACHER)
+    return rows.assign(target=(1 - share) * rows.target + share * level(rows.source, as_logs(rows, teacher)))
 
 
 def level(of: pd.Series, logs: pd.Series) -> pd.Series:
