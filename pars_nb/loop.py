@@ -219,7 +219,7 @@ def train(
     end_tokens: Annotated[int, typer.Option(help="How many of those come from a long prompt's end.")] = 32,
     signals: Annotated[bool | None, typer.Option(help="The head also takes what a prompt shows at a glance; so with universal.")] = None,
     max_prompts: Annotated[int | None, typer.Option(help="Use only this many prompts (a random draw), of each source if there are several.")] = None,
-    bf16: bool = False,
+    bf16: Annotated[bool, typer.Option(help="Half of the bits: much faster on a GPU, and on a CPU that has AVX-512-BF16.")] = False,
     revision: Annotated[str | None, typer.Option(help="Hub commit of the encoder, to pin it.")] = None,
     seed: int = 0,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in --out, if there is one.")] = False,

@@ -92,7 +92,7 @@ def load_student(folder: str | Path) -> Student:
         raise RankerError(f"the student in {folder} is damaged: {type(e).__name__}; run `pars distill` again, or copy it again") from e
 
 # %% ../nbs/09_student.ipynb #8d08e78a
-WORDS_COUNT = (1.0, 1.0, 0.01, 0.1, 0.1)  # by kind
+WORDS_COUNT = (1.0, 1.0, 0.05, 0.3, 0.1)  # by kind
 SIGNAL = 0.3  # scale of a standardised signal beside a row of words of length 1; a larger scale is penalised less
 SIGNALS_COUNT = (SIGNAL, SIGNAL, 0.003, 0.01, 0.01)  # by kind: scale of what is learned for that kind alone
 SHARED = dict(size=((2, 3), 1.0), digits=((3, 4), 0.3))  # signals that kinds share, and their scale

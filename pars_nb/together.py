@@ -19,7 +19,7 @@ from .records import Record, draw, split
 from .student import Student, load_student, named
 
 # %% ../nbs/10_together.ipynb #f73c9eee
-SHARE = dict(plain=0.1, passage=0.1, code=0.8, maths=0.1, choice=0.1)  # of the student, by kind of prompt
+SHARE = dict(plain=0.2, passage=0.2, code=0.75, maths=0.75, choice=0.75)  # of the student, by kind of prompt
 SHARES = np.array([SHARE[k] for k in KINDS])
 FOLDER = "student"  # in the ranker's folder
 

@@ -204,8 +204,8 @@ class Known:
 
 def taught_in(folder: Path, folds: Sequence[str]) -> list[tuple[dict[str, Any], str, int, pd.DataFrame]]:
     "Recipe, fold, seed and scores of each encoder."
-    frames = [pd.read_parquet(p) for p in sorted(folder.glob("*.parquet"))]
-    return [(json.loads(f.recipe.iloc[0]), str(f.fold.iloc[0]), int(f.seed.iloc[0]), f) for f in frames if f.fold.iloc[0] in folds]
+    frames = [(str(f.fold.iloc[0]), f) for f in map(pd.read_parquet, sorted(folder.glob("*.parquet")))]
+    return [(json.loads(f.recipe.iloc[0]), one, int(f.seed.iloc[0]), f) for fold, f in frames for one in fold.split("+") if one in folds]
 
 
 class Once:

@@ -412,12 +412,15 @@ def as_record(prompt_id: str, prompt: str, log: float, model: str = "consensus")
 
 @app.command()
 def fit(data: Data, ranker: Annotated[Path, typer.Option(help="an encoder of free sources, its teacher")] = Path("runs/universal_minilm"),
-        seed: int = 0) -> None:
+        bf16: Annotated[bool, typer.Option(help="the encoder scores in half of the bits")] = False, seed: int = 0) -> None:
     "Write the student that ships: all sources of free licence, all models; its tables of quantiles come from a tenth that it was not taught."
+    import torch
+
     from pars_nb.ranker import load_ranker
 
     prompts = pool(data, seed)
-    teacher = dict(zip(map(unit_hash, prompts), load_ranker(ranker).score(prompts).tolist(), strict=True))
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        teacher = dict(zip(map(unit_hash, prompts), load_ranker(ranker).score(prompts).tolist(), strict=True))
     rows = consensus(free(data))
     held = rows[[unit_hash(p, seed) < 0.1 for p in rows.prompt_id]]
     rest, lengths = rows.prompt_id[~rows.prompt_id.isin(held.prompt_id)], np.exp(held.log.to_numpy())
