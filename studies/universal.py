@@ -1,9 +1,9 @@
 """The student that ships as `universal`: what it learns from, and what it is worth on workloads, models and prompts that it has not seen.
 Each command writes one JSON into results/universal; `fit` writes the student into pars_nb/universal.
 
-    python studies/encoders.py teach --data ../shared/data --base runs/minilm --lr 1e-4 --epochs 1 --max-length 64 --free \\
-        --folds 0,1,2,3+4+5 --seeds 0
-    python studies/universal.py leave-out --data ../shared/data --seeds 1
+    python studies/encoders.py teach --data ../shared/data --base runs/minilm --lr 1e-4 --epochs 1 --max-length 64 --free --bf16 \\
+        --folds 0+4,2+5,1+3
+    python studies/universal.py leave-out --data ../shared/data
     python studies/universal.py fit --data ../shared/data
 """
 import json
@@ -485,15 +485,15 @@ Left out:
 ## What it is worth
 
 Kendall's τ_b on workloads that were left out of training together with a third of all models, against prompt length: the median over the
-models left out, one draw of them. Its teacher had seen neither. `python studies/universal.py leave-out --seeds 1`. The weights of the kinds
-of traffic were chosen while looking at these workloads, so expect a little less on yours.
+models left out, and over three draws of them. Its teacher had seen neither. `python studies/universal.py leave-out`. The kinds of traffic and
+their weights were chosen while looking at these workloads, so expect a little less on yours.
 
 | workload | universal | prompt length |
 |---|---|---|
 {table}
 
-It is worth most on instructions and questions with choices; on code it is prompt length; on chat of real users, arena prompts and hard
-mathematics it is worth little, and on school mathematics (GSM8K) less than prompt length.
+It is worth most on instructions and questions with choices, and something on chat of real users; on code and school mathematics (GSM8K) it is
+prompt length; on arena prompts and hard mathematics it is worth little.
 """
 
 
