@@ -53,7 +53,6 @@ NUMBERS = {w: i + 1 for i, w in enumerate("one two three four five six seven eig
 UNITS = dict(word=1.3, line=10, sentence=20, paragraph=90, page=500, item=25, step=25, idea=25, example=25, point=25, reason=25, way=25, tip=25,
              question=25, fact=25, thing=8, name=5, bullet=25, title=8)  # tokens of one
 QUANTITY = re.compile(rf"\b(\d{{1,4}}|{'|'.join(NUMBERS)})[ -](?:\w+ )?({'|'.join(UNITS)})")
-
 SPELLED = re.compile(r"\b(?:two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twenty|thirty|forty|fifty|hundred|half|twice|third|quarter|"
                      r"dozen|double|triple)\b")
 REQUEST = re.compile(r"\b(?:how|what|find|calculate|compute|determine|simplify|solve|evaluate)\b[^.?!\n]{0,60}\b(?:many|much|long|far|old|fast|tall|"
@@ -61,7 +60,7 @@ REQUEST = re.compile(r"\b(?:how|what|find|calculate|compute|determine|simplify|s
                      r"width|height|depth|speed|age|weight|volume|perimeter|area|angle|temperature|distance|profit|salary|income|ratio|fraction|roots|"
                      r"product)\b|\b(?:calculate|compute|simplify|solve|evaluate)\b[^.?!\n]{0,20}[0-9$]")
 SOURCE = re.compile(r"(?m)^(?:import [\w.]+(?: as \w+)?|from [\w.]+ import .+|def \w+\(.*|#include *[<\"].+)$")  # lines that only a program has
-PRICE = re.compile(r"\$\d[\d,.]*(?![^\s$]*[\\^_$=+])")
+PRICE = re.compile(r"\$\d[\d,.]*+(?![^\s$]*[\\^_$=+])")  # a dollar and a number, and no LaTeX behind them
 
 
 def asked(low: str) -> float:
@@ -88,7 +87,7 @@ def kind_of(low: str, size: int, code: int, formulas: int, digits: int) -> int: 
     if ("\na. " in low and "\nb. " in low) or ("\na) " in low and "\nb) " in low):
         return 4
     named, tested = sum(mark in low for mark in CODE), "input" in low or "output" in low
-    if formulas >= 3 and not tested and 5 > named <= 1 + sum(mark in low for mark in COMMON):  # LaTeX that speaks of functions and integers
+    if formulas >= 3 and not tested and named <= min(4, 1 + sum(mark in low for mark in COMMON)):  # LaTeX that speaks of functions
         return 3
     if named >= 3 or (named >= 2 and (code >= 6 or ("input" in low and "output" in low))) or SOURCE.search(low):
         return 2
