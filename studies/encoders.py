@@ -145,7 +145,7 @@ def encoder(records: list[Record], cfg: TrainConfig, trainer: str = "plain", fro
 def teach(data: Data, base: Annotated[str, typer.Option(help="encoder: a hub name or a local folder")] = "bert-base-uncased",
           folds: str = "0,1,2,3,4,5", seeds: str = "0,1,2", lr: float = 5e-5, epochs: float = 4, max_length: int = 128, signals: bool = True,
           loss: str = "win", trainer: str = "plain", frozen: int = 0, most: int = 1000, across: bool = False, written: bool = True,
-          bf16: Annotated[bool, typer.Option(help="half of the bits: two to four times as fast on a GPU, and on a CPU with AVX-512-BF16")] =
+          bf16: Annotated[bool, typer.Option(help="half of the bits: much faster on a GPU, and on a CPU that has AVX-512-BF16")] =
           torch.cuda.is_available(),
           only_free: Annotated[bool, typer.Option("--free", help="learn from sources of free licence alone, and score all of their prompts")] = False,
           out: Taught = TAUGHT) -> None:

@@ -485,11 +485,11 @@ Left out:
 ## What it is worth
 
 Kendall's τ_b on workloads that were left out of training together with a third of all models, against prompt length: the median over the
-models left out, and over three draws of them. Its teacher had seen neither. `python studies/universal.py leave-out`. The kinds of traffic and
-their weights were chosen while looking at these workloads, so expect a little less on yours.
+models left out, and over {seeds} draws of them (least to greatest). Its teacher had seen neither. `python studies/universal.py leave-out`.
+The kinds of traffic and their weights were chosen while looking at these workloads, so expect a little less on yours.
 
-| workload | universal | prompt length |
-|---|---|---|
+| workload | universal | by draw | prompt length |
+|---|---|---|---|
 {table}
 
 It is worth most on instructions and questions with choices, and something on chat of real users; on code and school mathematics (GSM8K) it is
@@ -502,11 +502,12 @@ def card() -> None:
     "The README of the student that ships, from what was measured."
     meta = load_student(OUT).meta
     rows = pd.DataFrame(json.loads((RESULTS / "universal/leave_out.json").read_text())["rows"])
-    rows = rows.groupby("workload", sort=False)[["tau_b", "prompt_length"]].median()
-    lines = [f"| {k} | {r.tau_b:.2f} | {r.prompt_length:.2f} |" for k, r in rows.iterrows()]
+    of = rows.groupby("workload", sort=False)
+    table = of.agg(tau=("tau_b", "median"), low=("tau_b", "min"), high=("tau_b", "max"), size=("prompt_length", "median"))
+    lines = [f"| {k} | {r.tau:.2f} | {r.low:.2f} to {r.high:.2f} | {r['size']:.2f} |" for k, r in table.iterrows()]
     frames = sum(not line.startswith("#") for line in (HERE / "prior.tsv").read_text().splitlines())
     (OUT / "README.md").write_text(CARD.format(
-        signals=len(SIGNALS), prompts=meta.train_prompts, frames=frames, written=len(written()), table="\n".join(lines),
+        signals=len(SIGNALS), prompts=meta.train_prompts, frames=frames, written=len(written()), seeds=rows.seed.nunique(), table="\n".join(lines),
         free="\n".join(f"| {k} | {a} | {b} |" for k, (a, b) in FREE.items()), not_free="\n".join(f"| {k} | {v} |" for k, v in NOT_FREE.items())))
 
 
