@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WORD', 'HEAD', 'TAIL', 'FIRST_WORDS', 'FRONT', 'START', 'SIGNALS', 'KINDS', 'SALTS', 'CODE', 'COMMON', 'ASKING',
-           'FIRST', 'NUMBERS', 'UNITS', 'QUANTITY', 'SPELLED', 'REQUEST', 'SOURCE', 'PRICE', 'glance', 'words', 'asked',
-           'formula_marks', 'reckoned', 'kind_of', 'Glance', 'look', 'signals']
+           'FIRST', 'NUMBERS', 'UNITS', 'QUANTITY', 'SPELLED', 'REQUEST', 'SOURCE', 'PRICE', 'glance', 'words',
+           'hashes', 'asked', 'formula_marks', 'reckoned', 'kind_of', 'Glance', 'look', 'signals']
 
 # %% ../nbs/06_glance.ipynb #26be75b4
 import re
@@ -29,15 +29,19 @@ def glance(text: str, head: int = 800, tail: int = 400) -> str:
     return (text if len(text) <= head + tail else text[:head] + "\n" + text[-tail:]).lower()
 
 
-def words(low: str, salt: int = 0) -> list[int]:
-    "Hashes of the words of a lower-case text: its first `HEAD` and last `TAIL`, then its first few again. Each salt gives other hashes."
-    found = WORD.findall(low.encode("utf-8", "replace"))
+def words(low: str) -> list[bytes]:
+    "The words, numbers and marks of a lower-case text."
+    return WORD.findall(low.encode("utf-8", "replace"))
+
+
+def hashes(found: list[bytes], salt: int = 0) -> list[int]:
+    "Hashes of words: the first `HEAD` and the last `TAIL`, then the first few again. Each salt gives other hashes."
     found = found if len(found) < HEAD + TAIL else found[: HEAD - 1] + found[-TAIL:]
     return [START + salt, *map(crc32, found, repeat(salt)), START + FRONT + salt, *map(crc32, found[:FIRST_WORDS], repeat(FRONT + salt))]
 
 # %% ../nbs/06_glance.ipynb #885f7fb0
-SIGNALS = ("size", "long", "lines", "questions", "asks", "quotes", "colon", "commas", "first line", "blank line", "bullets", "code marks",
-           "formula marks", "digits", "asked", "asked at all", "why", "how", "what", "who", "yes or no")
+SIGNALS = ("size", "long", "tokens", "lines", "questions", "asks", "quotes", "colon", "commas", "first line", "blank line", "bullets", "code marks",
+           "formula marks", "numbers", "asked", "asked at all", "why", "how", "what", "who", "yes or no")
 KINDS = ("plain", "passage", "code", "maths", "choice")
 SALTS = (0, 0, 1, 2, 3)  # for the word hashes, by kind
 CODE = ("```", "def ", "import ", "return", "print", "function", "python", "javascript", "java", " code", "sql", "assert", "algorithm", "array",
@@ -110,13 +114,15 @@ def look(text: str) -> Glance:
     low = glance(text)
     count, size, first = low.count, len(text), low.lstrip()[:300].split("\n", 1)[0]
     code, formulas, digits = sum(map(count, "(){};=[]")), formula_marks(low), sum(map(count, "0123456789"))
-    bullets, tokens, begins = count("\n- ") + count("\n* ") + count("\n1"), asked(low), FIRST.get(first.split(" ", 1)[0], -1)
-    counted = [*map(log1p, (size, max(0, size - 200) / 200, text.count("\n"), count("?")))]
+    bullets, length, begins = count("\n- ") + count("\n* ") + count("\n1"), asked(low), FIRST.get(first.split(" ", 1)[0], -1)
+    found, whole = words(low), size / max(1, len(low))  # the rest of a long text is taken to be like what is read
+    tokens, numbers = len(found) + (len(low.encode("utf-8", "replace")) - len(low)) / 2, sum(map(bytes.isdigit, found))
+    counted = [*map(log1p, (size, max(0, size - 200) / 200, whole * tokens, text.count("\n"), count("?")))]
     flags = [float(low.rstrip().endswith("?")), float('"' in low), float(":" in low)]
-    more = [log1p(count(",")), log1p(len(first)), float("\n\n" in low), *map(log1p, (bullets, code, formulas, digits, tokens)), float(tokens > 0)]
-    asks = [float(i == begins) for i in range(len(ASKING))]
+    more = [log1p(count(",")), log1p(len(first)), float("\n\n" in low), *map(log1p, (bullets, code, formulas, whole * numbers, length))]
+    asks = [float(length > 0), *(float(i == begins) for i in range(len(ASKING)))]
     kind = kind_of(low, size, code, formulas, digits)
-    return Glance(words(low, SALTS[kind]), kind, [*counted, *flags, *more, *asks])
+    return Glance(hashes(found, SALTS[kind]), kind, [*counted, *flags, *more, *asks])
 
 # %% ../nbs/06_glance.ipynb #aa64cf42
 def signals(prompts: Sequence[str]) -> np.ndarray:  # (n, len(SIGNALS) + len(KINDS)) float32

@@ -218,6 +218,7 @@ def train(
     max_length: Annotated[int, typer.Option(help="Tokens of a prompt that are read.")] = 128,
     end_tokens: Annotated[int, typer.Option(help="How many of those come from a long prompt's end.")] = 32,
     signals: Annotated[bool | None, typer.Option(help="The head also takes what a prompt shows at a glance; so with universal.")] = None,
+    frozen: Annotated[int, typer.Option(help="Lowest layers that stay as they are; what they make of a prompt is computed once.")] = 0,
     max_prompts: Annotated[int | None, typer.Option(help="Use only this many prompts (a random draw), of each source if there are several.")] = None,
     bf16: Annotated[bool, typer.Option(help="Half of the bits: much faster on a GPU, and on a CPU that has AVX-512-BF16.")] = False,
     revision: Annotated[str | None, typer.Option(help="Hub commit of the encoder, to pin it.")] = None,
@@ -234,7 +235,7 @@ def train(
     several = recipe == "universal"
     taught(records, out, resume, several, encoder=encoder, init=str(init) if init else None, loss=loss, delta=delta, epochs=epochs,
            batch_size=batch_size, lr=lr, max_length=max_length, end_tokens=end_tokens, signals=several if signals is None else signals,
-           bf16=bf16, revision=revision, seed=seed)
+           frozen=frozen, bf16=bf16, revision=revision, seed=seed)
     then = f"eval --all-prompts --data YOUR_LENGTHS --ranker {out}" if several else f"bench --data {data} --ranker {out} --out runs/bench"
     console.print(f"next: [bold]pars {then}[/]", soft_wrap=True)
 

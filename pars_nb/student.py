@@ -87,19 +87,19 @@ def load_student(folder: str | Path) -> Student:
             from transformers import AutoTokenizer
 
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        return Student(model, tokenizer, meta)
     except Exception as e:  # safetensors raises a class of its own for a torn file
         raise RankerError(f"the student in {folder} is damaged: {type(e).__name__}; run `pars distill` again, or copy it again") from e
+    if tokenizer is None and model["signals"].shape[1] != len(SIGNALS) + 2:
+        raise RankerError(f"the student in {folder} reads {model['signals'].shape[1] - 2} signals, this version gives {len(SIGNALS)}; train it again")
+    return Student(model, tokenizer, meta)
 
 # %% ../nbs/09_student.ipynb #8d08e78a
 WORDS_COUNT = (1.0, 1.0, 0.05, 0.3, 0.1)  # by kind
 SIGNAL = 0.3  # scale of a standardised signal beside a row of words of length 1; a larger scale is penalised less
 SIGNALS_COUNT = (SIGNAL, SIGNAL, 0.003, 0.01, 0.01)  # by kind: scale of what is learned for that kind alone
-SHARED = dict(size=((2, 3), 1.0), digits=((3, 4), 0.3))  # signals that kinds share, and their scale
-SHARED |= {"formula marks": ((3, 4), 0.3), "code marks": ((3, 4), 0.3)}
-TOGETHER = np.zeros((len(KINDS), len(SIGNALS)))
-for signal, (of_kinds, scale) in SHARED.items():
-    TOGETHER[list(of_kinds), SIGNALS.index(signal)] = scale
+SHARED = dict(size=dict(code=1.0, maths=1.0), tokens=dict(code=0.1, maths=1.0), numbers=dict(code=0.03, maths=0.3, choice=0.3))
+SHARED |= {marks: dict(maths=0.3, choice=0.3) for marks in ("formula marks", "code marks")}  # one slope for all kinds, times each kind's scale
+TOGETHER = np.array([[SHARED.get(signal, {}).get(kind, 0.0) for signal in SIGNALS] for kind in KINDS])
 
 
 def _by_kind(kinds: np.ndarray, x: np.ndarray, count: Sequence[float]) -> Any:  # (n, K·(S + 1)) CSR

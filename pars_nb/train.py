@@ -23,6 +23,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from .card import RankerMeta, examine
 from .errors import DataError
+from .frozen import frozen_below
 from .fusion import Fused
 from .glance import signals
 from .order import tau_b
@@ -54,6 +55,7 @@ class TrainConfig(BaseModel, extra="forbid"):
     max_length: int = Field(128, ge=4)  # prompt tokens that are read
     end_tokens: int = Field(32, ge=1)  # how many of them from the prompt's end, where it is longer
     signals: bool = False  # the head also takes what the prompt shows at a glance (see `fusion`)
+    frozen: int = Field(0, ge=0)  # lowest layers of the encoder that stay as they are (see `frozen`)
     bf16: bool = False
     keep_best: bool = True  # keep the epoch with the best validation τ_b; False: the last one, and no checkpoints on the way
     seed: int = 0
@@ -219,7 +221,8 @@ def train(
     set_seed(cfg.seed)
     ranker = new_ranker(parts["train"], cfg)
     checkpoints = out / "checkpoints"
-    trainer = fit(ranker, parts["train"], parts["val"], cfg, checkpoints, resume and any(checkpoints.glob("checkpoint-*")), quiet)
+    with frozen_below(ranker.model, cfg.frozen):
+        trainer = fit(ranker, parts["train"], parts["val"], cfg, checkpoints, resume and any(checkpoints.glob("checkpoint-*")), quiet)
     if not trainer.is_world_process_zero():
         return ranker  # under torchrun all processes have the same weights, and the first one writes
     examine(ranker, parts["val"], parts["test"], by_source(ranker, parts["test"]) if several else {})

@@ -1,6 +1,8 @@
 """What an encoder learns of all recorded sources, where it has not been. `teach` needs a GPU or patience, and writes scores; the rest reads them.
 
     python studies/encoders.py teach --data ../shared/data --base runs/minilm --lr 1e-4 --folds 0,1,2,3,4,5,mixed,adapt
+    python studies/encoders.py teach --data ../shared/data --base ENCODER_OF_12_LAYERS --lr 1e-4 --frozen 9 --epochs 2 --max-length 64 --bf16 \\
+        --folds 0,1+2
     python studies/encoders.py judge --data ../shared/data
 """
 import json
@@ -24,6 +26,7 @@ from universal import (ADAPT, CASTILLO, FOLDS, FREE, NOT_FREE, OUT, SEEN, TARGET
                        lesson_of, one_name, parts_of, plain, pool, source, taught, tested, third, ways, written)
 
 from pars_nb.consensus import agreed
+from pars_nb.frozen import Memory, frozen_below
 from pars_nb.order import tau_b
 from pars_nb.records import Record, draw, read, split, unit_hash
 from pars_nb.student import load_student
@@ -130,17 +133,6 @@ class Gentle(RDrop, Layerwise):
 TRAINERS = dict(plain=RankTrainer, layerwise=Layerwise, rdrop=RDrop, gentle=Gentle)
 
 
-def encoder(records: list[Record], cfg: TrainConfig, trainer: str = "plain", frozen: int = 0) -> Any:
-    "An encoder that was taught, the last epoch kept: no workload is there to choose one by."
-    set_seed(cfg.seed)
-    ranker = new_ranker(records, cfg)
-    for name, weights in ranker.model.named_parameters():
-        weights.requires_grad_(depth(name, frozen + 1) > frozen or not frozen)
-    with tempfile.TemporaryDirectory() as checkpoints:
-        fit(ranker, records, records[:64], cfg, Path(checkpoints), quiet=True, kind=TRAINERS[trainer])
-    return ranker
-
-
 @app.command()
 def teach(data: Data, base: Annotated[str, typer.Option(help="encoder: a hub name or a local folder")] = "bert-base-uncased",
           folds: str = "0,1,2,3,4,5", seeds: str = "0,1,2", lr: float = 5e-5, epochs: float = 4, max_length: int = 128, signals: bool = True,
@@ -151,6 +143,7 @@ def teach(data: Data, base: Annotated[str, typer.Option(help="encoder: a hub nam
           out: Taught = TAUGHT) -> None:
     "Teach an encoder each fold, and write its scores of what was left out. What is there already is not done again."
     out.mkdir(parents=True, exist_ok=True)
+    memory = Memory()  # of all trainings: they start from the same encoder
     for seed, fold in product(map(int, seeds.split(",")), folds.split(",")):
         recipe = dict(base=Path(base).name, lr=lr, epochs=epochs, max_length=max_length, signals=signals, loss=loss, trainer=trainer,
                       frozen=frozen, most=most, across=across, written=written,
@@ -161,11 +154,15 @@ def teach(data: Data, base: Annotated[str, typer.Option(help="encoder: a hub nam
         records, prompts = fold_of(data, fold, seed, Lesson(most, across, written, only_free))
         cfg = TrainConfig(encoder=base, loss=loss, epochs=epochs, signals=signals, max_length=max_length, keep_best=False, seed=seed, lr=lr,
                           bf16=bf16)
-        ranker = encoder(records, cfg, trainer, frozen)
+        set_seed(seed)
+        ranker = new_ranker(records, cfg)
         seen = pool(data, seed) if only_free else [r.prompt for r in draw(records, BALANCED, seed)]
-        with torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16, enabled=bf16):
-            rows = adapted_to(data, ranker, cfg) if fold == "adapt" else scored(ranker, prompts)
-            rows = pd.concat([rows.assign(seen=False), scored(ranker, seen).assign(seen=True)])
+        with frozen_below(ranker.model, frozen, memory), tempfile.TemporaryDirectory() as checkpoints:
+            # the last epoch is kept: no workload is there to choose one by
+            fit(ranker, records, records[:64], cfg, Path(checkpoints), quiet=True, kind=TRAINERS[trainer])
+            with torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16, enabled=bf16):
+                rows = adapted_to(data, ranker, cfg) if fold == "adapt" else scored(ranker, prompts)
+                rows = pd.concat([rows.assign(seen=False), scored(ranker, seen).assign(seen=True)])
         rows.assign(fold=fold, seed=seed, learned=len(records), recipe=json.dumps(recipe)).to_parquet(path)
         print(path.name, len(records), "prompts learned,", len(rows), "scores", flush=True)
 
@@ -203,9 +200,10 @@ class Known:
 
 
 def taught_in(folder: Path, folds: Sequence[str]) -> list[tuple[dict[str, Any], str, int, pd.DataFrame]]:
-    "Recipe, fold, seed and scores of each encoder."
+    "Recipe (and all that was left out), fold, seed and scores of each encoder."
     frames = [(str(f.fold.iloc[0]), f) for f in map(pd.read_parquet, sorted(folder.glob("*.parquet")))]
-    return [(json.loads(f.recipe.iloc[0]), one, int(f.seed.iloc[0]), f) for fold, f in frames for one in fold.split("+") if one in folds]
+    return [(json.loads(f.recipe.iloc[0]) | dict(folds=fold), one, int(f.seed.iloc[0]), f)
+            for fold, f in frames for one in fold.split("+") if one in folds]
 
 
 class Once:

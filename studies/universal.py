@@ -50,8 +50,8 @@ NOT_FREE = dict(
 MOST = 3000  # prompts of one source that are learned from
 PRIOR = 30.0  # how much more a request written for this project weighs than a prompt of a source of that size
 PARTS = 16  # files of written requests, all kinds in each, so that a recipe with so many prompts of a source takes all of them
-TEACHER = 0.7  # share of an encoder's word in what a student learns; of code it knows less than the mere size says
-CODE = KINDS.index("code")
+TEACHER = 0.7  # share of an encoder's word in what a student learns of text; of code and mathematics sizes and numbers say more
+SIZED = [KINDS.index("code"), KINDS.index("maths")]
 KEEP = 0.1  # share of the difference between the sources' means that is learned; the rest is left to the traffic's own means
 
 
@@ -139,7 +139,7 @@ def lesson(data: Path, without: tuple[str, ...] = (), models: tuple[str, ...] = 
     rows = rows.assign(target=level(rows.source, rows.log), weight=weight)
     if teacher is None:
         return rows
-    share = np.where([look(p).kind == CODE for p in rows.prompt], 0, TEACHER)
+    share = np.where(np.isin([look(p).kind for p in rows.prompt], SIZED), 0, TEACHER)
     return rows.assign(target=(1 - share) * rows.target + share * level(rows.source, as_logs(rows, teacher)))
 
 
@@ -176,7 +176,8 @@ FOLDS = {  # workloads that are left out together
     "3": ("mmlu_pro_cot", "alpaca_eval"), "4": ("zeroeval_crux", "arena_fastchat", "arena_hard_v01"),
     "5": ("zeroeval_gsm", "reason_math500_gsm8k", "zeroeval_math_l5")}
 FOLD = {w: fold for fold, workloads in FOLDS.items() for w in workloads} | dict(alpaca_davinci003="2", alpaca_vicuna7b="2")
-FIRST_GOALS = ("alpaca_davinci003", "castillo_alpaca", "castillo_dolly", "castillo_sharegpt", "castillo_mbpp", "castillo_apps", "castillo_ds1000")
+FIRST_GOALS = ("alpaca_davinci003", "castillo_alpaca", "castillo_dolly", "castillo_sharegpt", "castillo_mbpp", "castillo_apps", "castillo_ds1000",
+               "zeroeval_crux", "zeroeval_gsm")
 
 
 def third(data: Path, seed: int) -> tuple[str, ...]:
@@ -275,8 +276,8 @@ def leave_out(data: Data, folder: Taught = TAUGHT, seeds: int = 3,
 
 
 GROUPS = dict(  # signals that are left out together
-    size=("size", "long"), lines=("lines", "first line", "blank line", "bullets"), question=("questions", "asks"),
-    punctuation=("quotes", "colon", "commas"), marks=("code marks", "formula marks", "digits"), asked=("asked", "asked at all"),
+    size=("size", "long", "tokens"), lines=("lines", "first line", "blank line", "bullets"), question=("questions", "asks"),
+    punctuation=("quotes", "colon", "commas"), marks=("code marks", "formula marks"), numbers=("numbers",), asked=("asked", "asked at all"),
     opening=("why", "how", "what", "who", "yes or no"), all=SIGNALS)
 
 
@@ -493,7 +494,7 @@ The kinds of traffic and their weights were chosen while looking at these worklo
 {table}
 
 It is worth most on instructions and questions with choices, and something on chat of real users; on code and school mathematics (GSM8K) it is
-prompt length; on arena prompts and hard mathematics it is worth little.
+prompt length or a little better; on arena prompts and hard mathematics it is worth little.
 """
 
 
