@@ -67,7 +67,7 @@ class Remembered(torch.nn.Module):
 def frozen_below(
     model: Any,  # a `transformers` model for sequence classification, or a `Fused` one
     layers: int,  # how many of the lowest
-    memory: Memory | None = None,  # shared between trainings that start from the same encoder
+    memory: Memory | None = None,  # shared between trainings that freeze as many layers of the same encoder
 ) -> Iterator[None]:
     "While it is open, the lowest layers don't learn, and what they make of a prompt is remembered. Raises `RankerError`."
     if not layers:

@@ -412,7 +412,7 @@ def as_record(prompt_id: str, prompt: str, log: float, model: str = "consensus")
 
 
 @app.command()
-def fit(data: Data, ranker: Annotated[Path, typer.Option(help="an encoder of free sources, its teacher")] = Path("runs/universal_minilm"),
+def fit(data: Data, ranker: Annotated[Path, typer.Option(help="an encoder of free sources, its teacher")] = Path("runs/universal_mpnet"),
         bf16: Annotated[bool, typer.Option(help="the encoder scores in half of the bits")] = False, seed: int = 0) -> None:
     "Write the student that ships: all sources of free licence, all models; its tables of quantiles come from a tenth that it was not taught."
     import torch
