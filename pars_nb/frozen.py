@@ -48,7 +48,7 @@ class Remembered(torch.nn.Module):
         "What the layers make of token ids, padded behind a prompt as they are."
         place = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
         ends = ((input_ids != self.lower.config.pad_token_id) * place).amax(1)
-        keys = [ids[:end].cpu().numpy().tobytes() for ids, end in zip(input_ids, ends, strict=True)]
+        keys = [ids[:end].tobytes() for ids, end in zip(input_ids.cpu().numpy(), ends.tolist(), strict=True)]
         new = [i for i, key in enumerate(keys) if key not in self.memory.rows]
         made = dict(zip((keys[i] for i in new), self.made(input_ids[new], ends[new], place), strict=True)) if new else {}
         rows = [made[key] if key in made else self.memory.rows[key] for key in keys]
@@ -75,7 +75,7 @@ def frozen_below(
         return
     body = (model.encoder if isinstance(model, Fused) else model).base_model
     all_layers: Any = getattr(getattr(body, "encoder", None), "layer", ())
-    if not len(all_layers):
+    if not len(all_layers) or body.config.pad_token_id is None:
         raise RankerError(f"{type(body).__name__} is not built like BERT, so its lower layers can't be frozen; leave --frozen out")
     if layers >= len(all_layers):
         raise RankerError(f"can't freeze {layers} of {len(all_layers)} layers: leave one to learn")

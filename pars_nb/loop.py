@@ -230,6 +230,7 @@ def train(
     [dim]pars train --data runs/lengths --out runs/ranker[/]
     [dim]pars train --data lengths.parquet --target my-llm --encoder ./my-encoder --out runs/ranker[/]
     [dim]pars train --recipe universal --data folder-of-lengths --out runs/universal[/]
+    [dim]pars train --data runs/lengths --frozen 9 --bf16 --out runs/ranker[/]
     """
     records = lessons(data, recipe, target, max_prompts, seed)
     several = recipe == "universal"
