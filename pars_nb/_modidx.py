@@ -932,6 +932,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'pars_nb.router.ServerTables.__init__': ('router.html#servertables.__init__', 'pars_nb/router.py'),
                                 'pars_nb.router.ServerTables.ask': ('router.html#servertables.ask', 'pars_nb/router.py'),
                                 'pars_nb.router._Informed': ('router.html#_informed', 'pars_nb/router.py'),
+                                'pars_nb.router._Informed._choose_replica_for_request': ( 'router.html#_informed._choose_replica_for_request',
+                                                                                          'pars_nb/router.py'),
                                 'pars_nb.router._Informed.ask_of': ('router.html#_informed.ask_of', 'pars_nb/router.py'),
                                 'pars_nb.router._Informed.on_replica_actor_died': ( 'router.html#_informed.on_replica_actor_died',
                                                                                     'pars_nb/router.py'),

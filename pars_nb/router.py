@@ -6,6 +6,7 @@
 __all__ = ['ServerTables', 'length_of', 'Asks', 'stamp', 'PredictedWorkRouter']
 
 # %% ../nbs/54_router.ipynb #03eb445a
+import asyncio
 import math
 import time
 from collections.abc import Callable
@@ -95,9 +96,16 @@ class _Informed(RequestRouter):
         "The `Ask` of a request, made once, however often it is routed."
         if not hasattr(pending, "pars_ask"):
             meta = pending.metadata
-            pending.pars_ask = ask = self.asks(meta.internal_request_id, pending.args[0], meta.session_id)
-            pending.future.add_done_callback(lambda f: self.core.books.withdrawn(ask.request) if f.cancelled() else None)
+            pending.pars_ask = self.asks(meta.internal_request_id, pending.args[0], meta.session_id)
         return pending.pars_ask  # type: ignore[no-any-return]
+
+    async def _choose_replica_for_request(self, pending_request: PendingRequest, **how: Any) -> RunningReplica:
+        "Ray waits here until the request has a replica. A client that goes away ends the wait, and nothing else tells of it."
+        try:
+            return await super()._choose_replica_for_request(pending_request, **how)
+        except asyncio.CancelledError:
+            self.core.books.withdrawn(pending_request.metadata.internal_request_id)
+            raise
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         "The replica has accepted the request."
@@ -140,7 +148,7 @@ class PredictedWorkRouter(_Informed):
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
         "The replicas one by one, the one with the fewest requests in the way first."
-        if pending_request is None or not pending_request.args:
+        if pending_request is None or not pending_request.args or pending_request.future.done():
             return [candidate_replicas]
         pending_request.routing_context.should_backoff = True  # if all are full, Ray waits a little and asks again
         named = {r.replica_id.unique_id: r for r in candidate_replicas}
