@@ -4,6 +4,7 @@ JSON in results/learning. Requests finish in the order they came; each is predic
     python studies/learning.py streams --data ../shared/data --tokenizer MODEL_FOLDER
     python studies/learning.py parts --data ../shared/data --tokenizer MODEL_FOLDER
     python studies/learning.py clocked --data ../shared/data --tokenizer MODEL_FOLDER --engine results/arena/engine_cpu.json
+    python studies/learning.py cold --data ../shared/data --tokenizer MODEL_FOLDER --engine results/arena/engine_cpu.json
     python studies/learning.py prior --data ../shared/data --tokenizer MODEL_FOLDER
     python studies/learning.py known --data ../shared/data --tokenizer MODEL_FOLDER
     python studies/learning.py live --minutes 30
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,6 +39,8 @@ Data = Annotated[Path, typer.Option(help="folder of recorded lengths")]
 Words = Annotated[Path, typer.Option(help="folder with a tokenizer.json")]
 LLAMA, QWEN, GEMMA = "Llama-3.1-8B-Instruct", "Qwen2.5-32B-Instruct", "gemma-3-4b-it"
 APPS = ("alpaca", "apps", "dolly", "ds1000", "mbpp", "sharegpt")
+COLD_START = dict(alpaca_davinci003=None, alpaca_vicuna7b=None, castillo_alpaca=LLAMA, castillo_sharegpt=LLAMA)  # `universal` has not learned these
+KEPT = ("mean_ntpot_ms", "mean_e2el_ms", "p99_e2el_ms", "mean_ttft_ms")
 SYSTEM = dict(  # the system prompt of each application; `` for what comes without an application
     plain="You are a helpful assistant.",
     alpaca="You follow instructions. Be precise, and keep to the format that is asked for.",
@@ -365,6 +369,38 @@ def clocked(data: Data, tokenizer: Words, engine: EngineFile, trace: str = "trac
                 print(name, seed, f"{queue:20}", {k: round(rows[-1][k], 1) for k in ("mean_ntpot_ms", "p99_e2el_ms")}, flush=True)
         write(f"learning/clocked_{name}", requests=requests, rho=rho, block=block, seeds=seeds, max_tokens=max_tokens, engine=e.model_dump(),
               ranker_tau=round(tau_b(p.scores, t.lengths), 4), runs=rows, over_time=over_time)
+
+
+@app.command()
+def cold(data: Data, tokenizer: Words, engine: EngineFile, trace: str = "trace_azure2023_conv.parquet", requests: int = 1500, seeds: int = 3,
+         rho: float = 1.1, max_tokens: int = 1024) -> None:
+    "The first requests of a server, as a burst and as a stream, in vLLM's own scheduler: told nothing, and with the ranker that ships."
+    source, e, gaps, said = Source(data, tokenizer), load_engine(engine), np.array(gaps_of(data / trace)), universal()
+    rows: list[dict[str, Any]] = []
+    for file, model in COLD_START.items():
+        for seed, burst in product(range(seeds), (True, False)):
+            t = source.one(file, model, requests, seed)
+            t = Traffic(t.prompts, t.apps, np.minimum(t.lengths, max_tokens))
+            ids, guess = source.whole(t), said([source.text[tuple(p)] for p in t.prompts])
+            p = Play(ids, t.lengths, np.zeros(len(ids)) if burst else paced(e, [t], gaps, rho, ids, seed), guess)
+            queues: dict[str, tuple[np.ndarray, dict[str, Any]]] = dict(
+                FCFS=(guess, dict(policy="fcfs")), nothing=(guess, {}), universal=(guess, dict(client_scores=True)),
+                oracle=(t.lengths, dict(client_scores=True, learn=False, min_tau=0.0)))
+            for queue, (told_, settings) in queues.items():
+                found = {k: v for k, v in summarise(p.served(e, told_, **settings)).items() if k in KEPT}
+                rows.append(dict(stream=file, arrivals="burst" if burst else rho, queue=queue, seed=seed, requests=len(ids), **found))
+                print(file, seed, rows[-1]["arrivals"], f"{queue:10}", {k: round(found[k], 1) for k in ("mean_ntpot_ms", "p99_e2el_ms")}, flush=True)
+    write("learning/cold", requests=requests, rho=rho, seeds=seeds, max_tokens=max_tokens, engine=e.model_dump(), rows=rows)
+
+
+def universal() -> Callable[[list[str]], np.ndarray]:
+    "Lengths in tokens by the ranker that ships."
+    from pars_nb.backends import open_ranker
+    from pars_nb.cost import Tokens
+
+    ranker = open_ranker("universal")
+    table = Tokens(ranker.meta.score_quantiles, ranker.meta.length_quantiles)
+    return lambda prompts: np.array([table.answer(float(s)) for s in ranker.score(prompts)])
 
 
 def _cut(t: Traffic, n: int) -> tuple[list[Traffic], list[Traffic]]:
