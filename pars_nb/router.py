@@ -100,12 +100,17 @@ class _Informed(RequestRouter):
         return pending.pars_ask  # type: ignore[no-any-return]
 
     async def _choose_replica_for_request(self, pending_request: PendingRequest, **how: Any) -> RunningReplica:
-        "Ray waits here until the request has a replica. A client that goes away ends the wait, and nothing else tells of it."
+        "Ray waits here until the request has a replica, not always the one chosen for it. Nothing else tells of a client that ends the wait."
+        books, request = self.core.books, pending_request.metadata.internal_request_id
         try:
-            return await super()._choose_replica_for_request(pending_request, **how)
+            replica = await super()._choose_replica_for_request(pending_request, **how)
         except asyncio.CancelledError:
-            self.core.books.withdrawn(pending_request.metadata.internal_request_id)
+            books.withdrawn(request)
             raise
+        booking, given = books.bookings.get(request), replica.replica_id.unique_id
+        if booking is not None and booking.replica != given:
+            books.chosen(request, given, self.ask_of(pending_request).work, time.monotonic())
+        return replica
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         "The replica has accepted the request."
