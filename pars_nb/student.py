@@ -94,10 +94,10 @@ def load_student(folder: str | Path) -> Student:
     return Student(model, tokenizer, meta)
 
 # %% ../nbs/09_student.ipynb #8d08e78a
-WORDS_COUNT = (1.0, 1.0, 0.05, 0.3, 0.1)  # by kind
+WORDS_COUNT = (1.0, 1.0, 0.08, 0.3, 0.1)  # by kind
 SIGNAL = 0.3  # scale of a standardised signal beside a row of words of length 1; a larger scale is penalised less
 SIGNALS_COUNT = (SIGNAL, SIGNAL, 0.003, 0.01, 0.01)  # by kind: scale of what is learned for that kind alone
-SHARED = dict(size=dict(code=1.0, maths=1.0), tokens=dict(code=0.1, maths=1.0), numbers=dict(code=0.03, maths=0.3, choice=0.3))
+SHARED = dict(size=dict(code=1.0, maths=1.0), tokens=dict(code=0.1, maths=1.0), numbers=dict(code=0.025, maths=0.3, choice=0.3))
 SHARED |= {marks: dict(maths=0.3, choice=0.3) for marks in ("formula marks", "code marks")}  # one slope for all kinds, times each kind's scale
 TOGETHER = np.array([[SHARED.get(signal, {}).get(kind, 0.0) for signal in SIGNALS] for kind in KINDS])
 

@@ -19,7 +19,7 @@ from .records import Record, draw, split
 from .student import Student, load_student, named
 
 # %% ../nbs/10_together.ipynb #f73c9eee
-SHARE = dict(plain=0.2, passage=0.2, code=0.75, maths=0.75, choice=0.75)  # of the student, by kind of prompt
+SHARE = dict(plain=1 / 5, passage=1 / 5, code=2 / 3, maths=2 / 3, choice=2 / 3)  # of the student, by kind of prompt
 SHARES = np.array([SHARE[k] for k in KINDS])
 FOLDER = "student"  # in the ranker's folder
 

@@ -10,6 +10,7 @@ import json
 import random
 import re
 from functools import cache, lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,7 @@ from pars_nb.card import RankerMeta
 from pars_nb.consensus import levels
 from pars_nb.order import bootstrap, tau_b
 from pars_nb.records import Record, draw, fingerprint, read, split, unit_hash
+from pars_nb import glance
 from pars_nb.glance import KINDS, SIGNALS, WORD, look
 from pars_nb.student import Student, adapted, learn, load_student
 
@@ -49,8 +51,10 @@ NOT_FREE = dict(
     zeroeval_math_l5="MATH: MIT by its authors, but its problems are a publisher's, on whose complaint the set was withdrawn")
 MOST = 3000  # prompts of one source that are learned from
 PRIOR = 30.0  # how much more a request written for this project weighs than a prompt of a source of that size
+RUNS = re.compile(rb"[a-z\x80-\xff']+|[0-9]+|[^\sa-z0-9]")  # words, if a script without spaces were not told apart
 PARTS = 16  # files of written requests, all kinds in each, so that a recipe with so many prompts of a source takes all of them
 TEACHER = 0.7  # share of an encoder's word in what a student learns of text; of code and mathematics sizes and numbers say more
+NO_TEACHER = ("languages", "contexts")  # files of written requests that the encoders were not taught: an English one is no judge of the first
 SIZED = [KINDS.index("code"), KINDS.index("maths")]
 KEEP = 0.1  # share of the difference between the sources' means that is learned; the rest is left to the traffic's own means
 
@@ -117,9 +121,10 @@ def expected(each: int = 25, seed: int = 0) -> pd.DataFrame:
     return pd.DataFrame(dict(prompt=list(out), log=list(out.values()), source="expected"))
 
 
-def written() -> pd.DataFrame:
-    "Requests of all kinds, written for this project, each with the log length that one expects."
-    lines = [json.loads(line) for f in sorted((HERE / "written").glob("*.jsonl")) for line in f.read_text(encoding="utf-8").splitlines()]
+def written(without: tuple[str, ...] = ()) -> pd.DataFrame:
+    "Requests of all kinds, written for this project, each with the log length that one expects; `without` names files to leave out."
+    files = [f for f in sorted((HERE / "written").glob("*.jsonl")) if f.stem not in without]
+    lines = [json.loads(line) for f in files for line in f.read_text(encoding="utf-8").splitlines()]
     return pd.DataFrame(dict(prompt=[p for _, p in lines], log=np.log([n for n, _ in lines]), source="written"))
 
 
@@ -139,8 +144,9 @@ def lesson(data: Path, without: tuple[str, ...] = (), models: tuple[str, ...] = 
     rows = rows.assign(target=level(rows.source, rows.log), weight=weight)
     if teacher is None:
         return rows
-    share = np.where(np.isin([look(p).kind for p in rows.prompt], SIZED), 0, TEACHER)
-    return rows.assign(target=(1 - share) * rows.target + share * level(rows.source, as_logs(rows, teacher)))
+    logs = as_logs(rows, teacher)
+    share = np.where(logs.isna() | np.isin([look(p).kind for p in rows.prompt], SIZED), 0, TEACHER)
+    return rows.assign(target=(1 - share) * rows.target + share * level(rows.source, logs).fillna(0))
 
 
 def level(of: pd.Series, logs: pd.Series) -> pd.Series:
@@ -150,18 +156,18 @@ def level(of: pd.Series, logs: pd.Series) -> pd.Series:
 
 
 def as_logs(rows: pd.DataFrame, teacher: dict[float, float]) -> pd.Series:
-    "What an encoder's scores say of the length, by those that it gave to the requests written for this project."
-    scores = rows.prompt.map(unit_hash).map(teacher)
-    if scores.isna().any():
-        raise typer.BadParameter(f"the teacher has no score for {scores.isna().sum()} prompts: teach it again, the sources have changed")
-    known = (rows.source == "written").to_numpy()
+    "What an encoder's scores say of the length, by those that it gave to the requests written for this project; NaN for `NO_TEACHER`."
+    scores, ours = rows.prompt.map(unit_hash).map(teacher), (rows.source == "written").to_numpy()
+    if scores[~ours].isna().any():
+        raise typer.BadParameter(f"the teacher has no score for {scores[~ours].isna().sum()} prompts: teach it again, the sources have changed")
+    known = ours & scores.notna().to_numpy()
     slope, start = np.polyfit(scores[known], rows.log[known], 1)
     return start + slope * scores
 
 
 def pool(data: Path, seed: int) -> list[str]:
-    "All prompts that a student may learn from."
-    return list(dict.fromkeys([*free(data).prompt, *expected(seed=seed).prompt, *written().prompt]))
+    "All prompts that a student may learn from with an encoder's word."
+    return list(dict.fromkeys([*free(data).prompt, *expected(seed=seed).prompt, *written(NO_TEACHER).prompt]))
 
 
 def taught(rows: pd.DataFrame, **kw: Any) -> Student:
@@ -314,6 +320,38 @@ def sizes(data: Data) -> None:
         rows.append(dict(workload=name, prompts=int(of.sum()), **tau, **left))
     print(pd.DataFrame(rows).round(2).to_string())
     write("universal/sizes", rows=rows)
+
+
+SCRIPTS = {  # letters, and the share of a text from which on it is written so
+    "Chinese, Japanese, Korean": (r"[\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af]", 0.2),
+    "Cyrillic, Arabic, Indian": (r"[\u0400-\u06ff\u0900-\u0dff]", 0.2),
+    "accents": (r"[à-öø-ÿąęłśżğış¿¡]", 0.015)}
+
+
+def script_of(text: str) -> str:
+    "Which of `SCRIPTS` a text is written in; empty where in none."
+    return next((name for name, (letters, least) in SCRIPTS.items() if len(re.findall(letters, text)) >= max(2, least * len(text))), "")
+
+
+@app.command()
+def languages(folds: int = 4) -> None:
+    "τ_b on written requests in other scripts that a student has not seen, with their guessed lengths: by what a word is, and by what it learned."
+    rows = written().assign(new=lambda w: ~w.prompt.isin(written(("languages",)).prompt), script=lambda w: w.prompt.map(script_of))
+    ours, split_at, out = rows[(rows.script != "") & ~rows.new], np.random.default_rng(0), []
+    fold = pd.Series(split_at.integers(0, folds, len(ours)), index=ours.index)
+    for (what, pattern), new in product({"runs of letters": RUNS, "characters": WORD}.items(), (False, True)):
+        glance.WORD = pattern
+        scores = pd.Series(0.0, index=ours.index)
+        for k in range(folds):
+            learned = rows[(fold.reindex(rows.index) != k) & (new | ~rows.new)]
+            student = Student(learn(learned.prompt.tolist(), learned.log.to_numpy(), np.ones(len(learned))), None, RankerMeta())
+            scores[fold == k] = student.score(ours.prompt[fold == k].tolist())
+        for script, of in {**ours.groupby("script").groups, "all": ours.index}.items():
+            tau = tau_b(scores[of].to_numpy(), ours.log[of].to_numpy())
+            out.append(dict(words=what, with_languages=new, script=script, requests=len(of), tau_b=tau))
+    glance.WORD = WORD
+    print(pd.DataFrame(out).pivot_table(index="script", columns=["words", "with_languages"], values="tau_b").round(3).to_string())
+    write("universal/languages", folds=folds, rows=out)
 
 
 ADAPT = dict(castillo_alpaca=LLAMA, castillo_dolly=LLAMA, castillo_sharegpt=LLAMA, alpaca_davinci003=None,
