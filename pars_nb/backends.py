@@ -76,7 +76,7 @@ def to_openvino(source: Path, path: Path, int8: bool = False) -> None:
         import nncf
 
         nncf.set_log_level(logging.ERROR)
-        model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM)
+        model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
     openvino.save_model(model, path)
 
 # %% ../nbs/11_backends.ipynb #d0ef6c71
