@@ -51,7 +51,6 @@ NOT_FREE = dict(
     zeroeval_math_l5="MATH: MIT by its authors, but its problems are a publisher's, on whose complaint the set was withdrawn")
 MOST = 3000  # prompts of one source that are learned from
 PRIOR = 30.0  # how much more a request written for this project weighs than a prompt of a source of that size
-RUNS = re.compile(rb"[a-z\x80-\xff']+|[0-9]+|[^\sa-z0-9]")  # words, if a script without spaces were not told apart
 PARTS = 16  # files of written requests, all kinds in each, so that a recipe with so many prompts of a source takes all of them
 TEACHER = 0.7  # share of an encoder's word in what a student learns of text; of code and mathematics sizes and numbers say more
 NO_TEACHER = ("languages", "contexts")  # files of written requests that the encoders were not taught: an English one is no judge of the first
@@ -322,6 +321,7 @@ def sizes(data: Data) -> None:
     write("universal/sizes", rows=rows)
 
 
+RUNS = re.compile(rb"[a-z\x80-\xff']+|[0-9]+|[^\sa-z0-9]")  # words, if a script without spaces were not told apart
 SCRIPTS = {  # letters, and the share of a text from which on it is written so
     "Chinese, Japanese, Korean": (r"[\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af]", 0.2),
     "Cyrillic, Arabic, Indian": (r"[\u0400-\u06ff\u0900-\u0dff]", 0.2),
@@ -525,8 +525,9 @@ lengths what it is worth; `pars_nb.student.adapted` corrects it with some tens o
 ## What it learned from
 
 {prompts:,} prompts of these sources, the mean log length over all models and runs, each model's own level taken out; {frames} kinds of
-requests and {written:,} single ones, written for this project with the length that one expects (`studies/prior.tsv`, `studies/written`); and
-the scores of an encoder that had learned the same sources and requests. No prompt that stands in a file of no free licence was used. The
+requests and {written:,} single ones, written for this project with the length that one expects (`studies/prior.tsv`, `studies/written`), {other}
+of them in seventeen languages other than English; and the scores of an encoder that had learned the same sources and nearly all requests (not
+those in other languages). No prompt that stands in a file of no free licence was used. The
 tables are sums of hashed words; no prompt can be read from them. Two sources are CC BY-SA, so these tables are offered as
 CC BY-SA 4.0; the package's code is not affected.
 
@@ -566,7 +567,8 @@ def card() -> None:
     lines = [f"| {k} | {r.tau:.2f} | {r.low:.2f} to {r.high:.2f} | {r['size']:.2f} |" for k, r in table.iterrows()]
     frames = sum(not line.startswith("#") for line in (HERE / "prior.tsv").read_text().splitlines())
     (OUT / "README.md").write_text(CARD.format(
-        signals=len(SIGNALS), prompts=meta.train_prompts, frames=frames, written=len(written()), seeds=rows.seed.nunique(), table="\n".join(lines),
+        signals=len(SIGNALS), prompts=meta.train_prompts, frames=frames, written=len(written()),
+        other=len(written()) - len(written(("languages",))), seeds=rows.seed.nunique(), table="\n".join(lines),
         free="\n".join(f"| {k} | {a} | {b} |" for k, (a, b) in FREE.items()), not_free="\n".join(f"| {k} | {v} |" for k, v in NOT_FREE.items())))
 
 
