@@ -22,12 +22,14 @@ from common import CONTROL, Data, Ranker, ours, rotated, running, write
 from pars_nb.backends import FILES, open_ranker, try_backend
 from pars_nb.bench import BenchSettings
 from pars_nb.engine import EngineSettings
+from pars_nb.glance import signals
 from pars_nb.latency import summarise
 from pars_nb.loop import unseen
 from pars_nb.order import tau_b
 from pars_nb.ranker import load_ranker
 from pars_nb.records import draw, read, split
 from pars_nb.student import load_student
+from pars_nb.together import assisted
 from pars_nb.workload import make_workload
 
 app = typer.Typer(add_completion=False)
@@ -164,14 +166,17 @@ def quantization(ranker: Ranker):
             quantize_dynamic(source, f"{d}/q.onnx", weight_type=QuantType.QInt8, per_channel=per_channel)
             rows.append((name, onnx_run(Path(f"{d}/q.onnx"), 1)))
         ids = [np.array([i]) for i in r.encode(probes["prompts"])]
-        data = nncf.Dataset([dict(input_ids=i, attention_mask=np.ones_like(i)) for i in ids])
+        more = [dict(signals=s[None]) for s in signals(probes["prompts"])] if r.meta.signals else [{}] * len(ids)
+        data = nncf.Dataset([dict(input_ids=i, attention_mask=np.ones_like(i)) | m for i, m in zip(ids, more, strict=True)])
         model = nncf.quantize(openvino.convert_model(source), data, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(ids))
-        openvino.save_model(model, f"{d}/q.xml")
-        rows.append(("openvino static, NNCF", openvino_run(Path(f"{d}/q.xml"), 1)))
+        symmetric = nncf.compress_weights(openvino.convert_model(source), mode=nncf.CompressWeightsMode.INT8_SYM)
+        for name, graph in (("openvino static, NNCF", model), ("openvino, weights without a zero point", symmetric)):
+            openvino.save_model(graph, f"{d}/{len(rows)}.xml")
+            rows.append((name, openvino_run(Path(f"{d}/{len(rows)}.xml"), 1)))
         rows += [(name, open_ranker(ranker, name).run) for name in ("onnx", "onnx-int8", "openvino", "openvino-int8")]
         out = []
         for name, run in rows:
-            f = FastRanker(run, r.tokenizer, r.meta, name)
+            f = assisted(FastRanker(run, r.tokenizer, r.meta, name), ranker)  # the probes' scores are of both, where a student is beside it
             it, agreement = iter(range(10**9)), tau_b(f.score(probes["prompts"]), probes["scores"])
             t = timed(lambda: f.score([probes["prompts"][next(it) % len(probes["prompts"])]]), 2.0, 200)  # noqa: B023
             out.append(dict(backend=name, tau_b=agreement, taken=name in FILES, **t))
