@@ -2,7 +2,7 @@
 
     python studies/encoders.py teach --data ../shared/data --base runs/minilm --lr 1e-4 --folds 0,1,2,3,4,5,mixed,adapt
     python studies/encoders.py teach --data ../shared/data --base ENCODER_OF_12_LAYERS --lr 1e-4 --frozen 9 --epochs 2 --max-length 64 --bf16 \\
-        --folds 0,1+2  # and fold 0 with --max-length 128
+        --folds 0,1+2  # with --seeds 0 also mixed,adapt; with --max-length 128 fold 0, and with --seeds 0 fold 1+2
     python studies/encoders.py judge --data ../shared/data
 """
 import json
