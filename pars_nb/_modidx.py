@@ -487,6 +487,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'pars_nb.glance.look': ('glance.html#look', 'pars_nb/glance.py'),
                                 'pars_nb.glance.reckoned': ('glance.html#reckoned', 'pars_nb/glance.py'),
                                 'pars_nb.glance.signals': ('glance.html#signals', 'pars_nb/glance.py'),
+                                'pars_nb.glance.stated': ('glance.html#stated', 'pars_nb/glance.py'),
                                 'pars_nb.glance.words': ('glance.html#words', 'pars_nb/glance.py')},
             'pars_nb.hub': { 'pars_nb.hub.Hub': ('hub.html#hub', 'pars_nb/hub.py'),
                              'pars_nb.hub.Hub.__init__': ('hub.html#hub.__init__', 'pars_nb/hub.py'),

@@ -6,7 +6,8 @@
 __all__ = ['WORD', 'HEAD', 'TAIL', 'FIRST_WORDS', 'FRONT', 'START', 'SIGNALS', 'KINDS', 'SALTS', 'ASKING', 'FIRST', 'NUMBERS',
            'UNITS', 'QUANTITY', 'PRICE', 'SPELLED', 'REQUEST', 'LATEX', 'INLINE', 'CODE', 'COMMON', 'VALUES', 'SET',
            'SOURCE', 'PASTED', 'STATED', 'SECTION', 'CHOICE', 'glance', 'words', 'hashes', 'asked', 'formula_marks',
-           'latex', 'reckoned', 'contest', 'coded', 'exercise', 'chosen', 'kind_of', 'Glance', 'look', 'signals']
+           'latex', 'reckoned', 'stated', 'contest', 'coded', 'exercise', 'chosen', 'kind_of', 'Glance', 'look',
+           'signals']
 
 # %% ../nbs/06_glance.ipynb #26be75b4
 import re
@@ -106,23 +107,28 @@ STATED = 8000  # characters in which a contest problem has both of its sections
 SECTION = re.compile(r"(?mi)^[^\w\n]*(?:\w+ )?(in|out)puts?(?: \w+)?[^\w\n]*$")
 
 
+def stated(low: str) -> int:
+    "How many of input and output are named."
+    return ("input" in low) + ("output" in low)
+
+
 def contest(text: str) -> bool:
     "Whether a text has a section for its input and one for its output, as a contest problem does."
-    return "nput" in text and "utput" in text and any(v in text for v in VALUES) and len(set(map(str.lower, SECTION.findall(text, 0, STATED)))) == 2
+    told = text[:STATED]
+    return "nput" in told and "utput" in told and any(v in told for v in VALUES) and len(set(map(str.lower, SECTION.findall(told)))) == 2
 
 
 def coded(low: str, size: int, named: int, code: int, formulas: int) -> bool:
     "Whether a request is about a program; `named` counts the words of `CODE`, `code` the brackets and the like."
-    taking, giving = "input" in low, "output" in low
-    told = named >= 3 or (named == 2 and (code >= 6 or (taking and giving)))
+    told = named >= 3 or (named == 2 and (code >= 6 or stated(low) == 2))
     pasted = named > 0 and code >= 20 and (formulas < 3 or "$" not in low)
-    cut = (taking or giving) and size > 350 and any(v in low for v in VALUES)  # a task, before its examples
+    cut = stated(low) > 0 and size > 350 and any(v in low for v in VALUES)  # a task, before its examples
     return told or pasted or cut or SOURCE.search(low) is not None
 
 
 def exercise(low: str) -> bool:
     "Whether the program is a task that says what it takes and gives, or how it is checked; code that is only pasted is talked about."
-    return ("input" in low and "output" in low) or any(mark in low for mark in SET) or not PASTED.search(low)
+    return stated(low) == 2 or any(mark in low for mark in SET) or not PASTED.search(low)
 
 # %% ../nbs/06_glance.ipynb #bd4c9d36
 CHOICE = 2500  # characters of a question with its options
@@ -142,8 +148,7 @@ def kind_of(low: str, text: str, code: int, digits: int) -> int:  # index into `
     if contest(text):
         return 2
     formulas, named = latex(low), sum(mark in low for mark in CODE)
-    spoken = named <= min(4, 1 + sum(mark in low for mark in COMMON)) and "input" not in low and "output" not in low  # as mathematics speaks
-    if formulas >= 3 and spoken:
+    if formulas >= 3 and not stated(low) and named <= min(4, 1 + sum(mark in low for mark in COMMON)):  # LaTeX that speaks of functions
         return 3
     if coded(low, size, named, code, formulas):
         return 2 if exercise(low) else int(size > 350)
@@ -159,8 +164,9 @@ class Glance(NamedTuple):
 
 def _other_tokens(low: str, found: list[bytes]) -> float:
     "Half a token for each further byte of a word of other letters; a character that is a word by itself has none."
-    more = 0 if low.isascii() else len(low.encode("utf-8", "replace")) - len(low)
-    return more / 2 - sum(b"\xe3" <= w < b"\xee" for w in found) if more else 0.0
+    if low.isascii():
+        return 0.0
+    return (len(low.encode("utf-8", "replace")) - len(low)) / 2 - sum(b"\xe3" <= w < b"\xee" for w in found)
 
 
 def look(text: str) -> Glance:

@@ -22,7 +22,7 @@ import torch
 import typer
 from common import Data, write
 from transformers import set_seed
-from universal import (ADAPT, CASTILLO, FOLDS, FREE, NOT_FREE, OUT, SEEN, TARGETS, TAUGHT, Taught, as_record, free, judged, left_out,
+from universal import (ADAPT, CASTILLO, FOLDS, FREE, NO_TEACHER, NOT_FREE, OUT, SEEN, TARGETS, TAUGHT, Taught, as_record, free, judged, left_out,
                        lesson_of, one_name, parts_of, plain, pool, source, taught, tested, third, ways, written)
 
 from pars_nb.consensus import agreed
@@ -67,8 +67,8 @@ def everything(data: Path, without: Sequence[str], models: Sequence[str], cfg: L
 
 
 def expected_records() -> list[Record]:
-    "The requests written for this project."
-    return [as_record(f"written {i}", r.prompt, r.log, "written") for i, r in enumerate(written().itertuples())]
+    "The requests written for this project that an encoder is taught."
+    return [as_record(f"written {i}", r.prompt, r.log, "written") for i, r in enumerate(written(NO_TEACHER).itertuples())]
 
 
 def fold_of(data: Path, fold: str, seed: int, cfg: Lesson) -> tuple[list[Record], list[str]]:

@@ -53,7 +53,7 @@ MOST = 3000  # prompts of one source that are learned from
 PRIOR = 30.0  # how much more a request written for this project weighs than a prompt of a source of that size
 PARTS = 16  # files of written requests, all kinds in each, so that a recipe with so many prompts of a source takes all of them
 TEACHER = 0.7  # share of an encoder's word in what a student learns of text; of code and mathematics sizes and numbers say more
-NO_TEACHER = ("languages", "contexts")  # files of written requests that the encoders were not taught: an English one is no judge of the first
+NO_TEACHER = ("languages", "contexts")  # files of written requests that encoders are not taught, and don't judge: they came later, or are not English
 SIZED = [KINDS.index("code"), KINDS.index("maths")]
 KEEP = 0.1  # share of the difference between the sources' means that is learned; the rest is left to the traffic's own means
 
@@ -334,7 +334,7 @@ def script_of(text: str) -> str:
 
 
 @app.command()
-def languages(folds: int = 4) -> None:
+def languages(data: Data, folds: int = 4) -> None:
     "τ_b on written requests in other scripts that a student has not seen, with their guessed lengths: by what a word is, and by what it learned."
     rows = written().assign(new=lambda w: ~w.prompt.isin(written(("languages",)).prompt), script=lambda w: w.prompt.map(script_of))
     ours, split_at, out = rows[(rows.script != "") & ~rows.new], np.random.default_rng(0), []
@@ -351,7 +351,8 @@ def languages(folds: int = 4) -> None:
             out.append(dict(words=what, with_languages=new, script=script, requests=len(of), tau_b=tau))
     glance.WORD = WORD
     print(pd.DataFrame(out).pivot_table(index="script", columns=["words", "with_languages"], values="tau_b").round(3).to_string())
-    write("universal/languages", folds=folds, rows=out)
+    recorded = free(data).drop_duplicates("prompt_id").prompt.map(script_of).replace("", "no other letters").value_counts().to_dict()
+    write("universal/languages", folds=folds, recorded=recorded, rows=out)
 
 
 ADAPT = dict(castillo_alpaca=LLAMA, castillo_dolly=LLAMA, castillo_sharegpt=LLAMA, alpaca_davinci003=None,
@@ -504,7 +505,7 @@ def sources(data: Data, out: Annotated[Path, typer.Option(help="folder for a fil
         one_text = rows.groupby("prompt_id", sort=False).prompt.transform("first")  # of one the end is cut in two places
         rows[["prompt_id"]].assign(prompt=one_text, model=rows.name, response_tokens=lengths).to_parquet(out / f"{name}.parquet")
         print(name, rows.prompt_id.nunique(), "prompts,", rows.name.nunique(), "models")
-    requests = written()
+    requests = written(NO_TEACHER)
     requests = requests.assign(prompt_id=requests.index.map("written {}".format), model="expected",
                                response_tokens=np.exp(requests.log).round().astype(int))
     for part in range(PARTS):
@@ -526,8 +527,8 @@ lengths what it is worth; `pars_nb.student.adapted` corrects it with some tens o
 
 {prompts:,} prompts of these sources, the mean log length over all models and runs, each model's own level taken out; {frames} kinds of
 requests and {written:,} single ones, written for this project with the length that one expects (`studies/prior.tsv`, `studies/written`), {other}
-of them in seventeen languages other than English; and the scores of an encoder that had learned the same sources and nearly all requests (not
-those in other languages). No prompt that stands in a file of no free licence was used. The
+of them in seventeen languages other than English; and the scores of an encoder that had learned the same sources and {taught:,} of the
+requests. No prompt that stands in a file of no free licence was used. The
 tables are sums of hashed words; no prompt can be read from them. Two sources are CC BY-SA, so these tables are offered as
 CC BY-SA 4.0; the package's code is not affected.
 
@@ -567,7 +568,7 @@ def card() -> None:
     lines = [f"| {k} | {r.tau:.2f} | {r.low:.2f} to {r.high:.2f} | {r['size']:.2f} |" for k, r in table.iterrows()]
     frames = sum(not line.startswith("#") for line in (HERE / "prior.tsv").read_text().splitlines())
     (OUT / "README.md").write_text(CARD.format(
-        signals=len(SIGNALS), prompts=meta.train_prompts, frames=frames, written=len(written()),
+        signals=len(SIGNALS), prompts=meta.train_prompts, frames=frames, written=len(written()), taught=len(written(NO_TEACHER)),
         other=len(written()) - len(written(("languages",))), seeds=rows.seed.nunique(), table="\n".join(lines),
         free="\n".join(f"| {k} | {a} | {b} |" for k, (a, b) in FREE.items()), not_free="\n".join(f"| {k} | {v} |" for k, v in NOT_FREE.items())))
 
